@@ -14,7 +14,7 @@ from llm_barber.checkpoint.source import CheckpointSource
 from llm_barber.comparison.cells import CALIBRATION, CellRunner, fingerprint, source_fingerprint
 from llm_barber.comparison.planned import Cell, calibration_shape, cell_key, cell_settings, has_tasks, plan_cells
 from llm_barber.comparison.render import write_files
-from llm_barber.comparison.result import Comparison, ComparisonCell
+from llm_barber.comparison.result import CellResult, Comparison, ComparisonCell
 from llm_barber.errors import BarberError, SettingsError, UnfinishedRunError
 from llm_barber.evaluation.evaluate import Evaluator
 from llm_barber.evaluation.result import Evaluation
@@ -67,7 +67,7 @@ def compare(
     with locked(config.output / MARKER):
         runner = make_runner(config, folder, progress, evaluator)
         cells = list(plan_cells(config))
-        missing = [cell for cell in cells if not _is_finished(runner, config, cell)]
+        missing = [cell for cell in cells if _finished(runner, config, cell) is None]
         _warn_of_begun_cells(_clear_work(runner, config, missing), progress)
         settings = _resolved_settings(config)
         # Made before anything is measured: a text that is too short is reported at once, and no cell's time has it.
@@ -82,7 +82,7 @@ def compare(
                 results.append(_run_cell(runner, config, folder, cell, calibrations.get(cell.seed), progress))
         finally:
             results += _stored(runner, config, cells[len(results) :])  # tables keep what is measured already
-            _clear_work(runner, config, [cell for cell in missing if not _is_finished(runner, config, cell)])
+            _clear_work(runner, config, [cell for cell in missing if _finished(runner, config, cell) is None])
             comparison = comparison.model_copy(update={"cells": tuple(results)})
             if write and results:  # stopped before any cell is measured: older tables stay
                 write_files(comparison, config.output)
@@ -236,7 +236,7 @@ def _run_cell(
 
 def _stored(runner: CellRunner, config: CompareConfig, cells: Sequence[Cell]) -> list[ComparisonCell]:
     """The finished ones of these cells."""
-    measured = ((cell, runner.finished(cell.name, cell_key(config, cell), has_tasks(config, cell))) for cell in cells)
+    measured = ((cell, _finished(runner, config, cell)) for cell in cells)
     return [ComparisonCell(**_named(cell), result=result) for cell, result in measured if result is not None]
 
 
@@ -258,8 +258,9 @@ def _warn_of_begun_cells(folders: Sequence[Path], progress: Progress) -> None:
         )
 
 
-def _is_finished(runner: CellRunner, config: CompareConfig, cell: Cell) -> bool:
-    return runner.finished(cell.name, cell_key(config, cell), has_tasks(config, cell)) is not None
+def _finished(runner: CellRunner, config: CompareConfig, cell: Cell) -> CellResult | None:
+    """The stored result of a cell; None: it is not finished."""
+    return runner.finished(cell.name, cell_key(config, cell), has_tasks(config, cell))
 
 
 def _begins_texts(folder: str) -> bool:

@@ -95,11 +95,12 @@ def check_tensors(skeleton: Skeleton, source: CheckpointSource, with_head: bool)
     count = len(skeleton.layers)
     for index in range(count):
         needed += [skeleton.layer_prefix(index) + name for name in skeleton.layer_names(index)]
-    buffers = [name for name in stored_buffer_names(skeleton.model) if name in source.locations]
-    for name in (*needed, *buffers):
-        shape = source.shape(name)
-        tensor = skeleton.model.get_buffer(name) if name in buffers else skeleton.model.get_parameter(name)
-        expected = tuple(tensor.shape)
+    stored: dict[str, Tensor] = {name: skeleton.model.get_parameter(name) for name in needed}
+    for name in stored_buffer_names(skeleton.model):
+        if name in source.locations:
+            stored[name] = skeleton.model.get_buffer(name)
+    for name, tensor in stored.items():
+        shape, expected = source.shape(name), tuple(tensor.shape)
         if shape != expected:
             raise ModelError(
                 f"{name} of {source.model} has shape {shape}, its config.json says {expected}",

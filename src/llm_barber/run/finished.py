@@ -6,6 +6,7 @@ from pathlib import Path
 
 from llm_barber.checkpoint.hub import is_hub_id
 from llm_barber.checkpoint.source import CheckpointSource
+from llm_barber.checkpoint.unfinished import both_values
 from llm_barber.errors import CalibrationError, ModelError, OutputError, UnfinishedRunError
 from llm_barber.loading.preparing import read_calibration
 from llm_barber.messages import Message, joined
@@ -15,7 +16,7 @@ from llm_barber.record.file import read_record
 from llm_barber.record.report import RunReport, SourceFiles
 from llm_barber.record.verification import changed_files, unknown_files
 from llm_barber.run.resuming import warn_of_written
-from llm_barber.run.same_settings import MODELS, both, differing_text, other_settings
+from llm_barber.run.same_settings import MODELS, differing_text, other_settings
 from llm_barber.settings.base import Format
 from llm_barber.settings.run import RunSettings
 from llm_barber.text.calibration import HUB_SETS
@@ -83,7 +84,7 @@ def _damage(output: Path, record: RunReport, progress: Progress) -> str:
 
 
 def _changed_since(record: RunReport, config: RunSettings) -> str:
-    """What another command made of a finished output, as the end of a sentence; empty: it is as the run wrote it."""
+    """Say what another command made of a finished output, as a sentence's end; empty: it is as the run wrote it."""
     if record.fine_tuning is not None:
         return "fine-tuned since"
     if record.rounding is not None:
@@ -130,11 +131,11 @@ def _other_model(
     if not exists(path):
         recorded, revision = record.settings.get(name), MODELS[name]
         if recorded not in (model, abspath(path)):
-            yield both(name, record, config)
+            yield both_values(name, recorded, model)
         elif recorded != model or not is_hub_id(model):
             progress.warn(f"{model} is not there any more, and cannot be compared with the model of the finished run")
-        elif record.settings.get(revision) != getattr(config, revision):
-            yield both(revision, record, config)
+        elif (recorded := record.settings.get(revision)) != getattr(config, revision):
+            yield both_values(revision, recorded, getattr(config, revision))
         return
     if files is None:
         progress.warn(f"{model} cannot be compared with the model of the finished run, whose record names no files")

@@ -33,21 +33,17 @@ def recorded_settings(config: RunSettings) -> dict[str, Any]:
 
 def other_settings(record: RunReport, config: RunSettings) -> Iterator[Message]:
     """Settings whose effect is another than in the finished run, but for those of models and text."""
-    names = set(type(config).model_fields) | record.settings.keys()
-    differing = {
-        name
-        for name in names - NOT_IN_KEY - {*TEXT, *MODELS, *MODELS.values()}
-        if not _is_as_recorded(name, record, config)
-    }
+    given = recorded_settings(config)
+    names = (given.keys() | record.settings.keys()) - NOT_IN_KEY - {*TEXT, *MODELS, *MODELS.values()}
+    differing = {name for name in names if not _is_as_recorded(name, given.get(name), record, config)}
     if differing <= STEPS | LEFT_TO_PRESET | {"target_mix"} and _leads_to_same_steps(record, config):
-        given = recorded_settings(config)
         used = {name for name in differing if given.get(name) == record.resolved.get(name)}
         if config.prunes_head:  # the head has a default mix of its own, which a given mix replaces
             used.discard("target_mix")
         if record.pattern == "mixed":  # linears with N:M have a default of their own, which a given value replaces
             used.discard("granularity")
         differing -= STEPS | used
-    yield from (both(name, record, config) for name in sorted(differing))
+    yield from (both_values(name, record.settings.get(name), given.get(name)) for name in sorted(differing))
 
 
 def differing_text(record: RunReport, config: RunSettings) -> list[Message]:
@@ -57,17 +53,11 @@ def differing_text(record: RunReport, config: RunSettings) -> list[Message]:
     differing = [name for name in TEXT[1:] if recorded.get(name) != given[name]]
     if recorded.get("calibration") not in spelled:
         differing.insert(0, "calibration")
-    return [both(name, record, config) for name in differing]
+    return [both_values(name, recorded.get(name), given[name]) for name in differing]
 
 
-def both(name: str, record: RunReport, config: RunSettings) -> Message:
-    """A setting with the record's value and the value now."""
-    return both_values(name, record.settings.get(name), recorded_settings(config).get(name))
-
-
-def _is_as_recorded(name: str, record: RunReport, config: RunSettings) -> bool:
+def _is_as_recorded(name: str, given: Any, record: RunReport, config: RunSettings) -> bool:
     """Compare a setting with the record, in which one that was added since has its default."""
-    given = recorded_settings(config).get(name)
     if name not in record.settings:
         return bool(getattr(config, name) == type(config).model_fields[name].get_default())
     recorded = record.settings[name]
@@ -86,7 +76,7 @@ def _leads_to_same_steps(record: RunReport, config: RunSettings) -> bool:
 
 
 def _steps(config: RunSettings) -> tuple[Any, ...]:
-    """What the settings in `STEPS` decide together, as far as it is known before a model is opened."""
+    """Collect what the settings in `STEPS` decide together, as far as it is known before a model is opened."""
     initial = (config.method, config.target) if isinstance(config, PruneConfig) else (getattr(config, "initial", None),)
     improved = (config.rebuilds, config.refinement, config.reconstruction, config.held_out_share)
     return (config.preset_name, config.allocated_by, config.reorders, *initial, *improved)

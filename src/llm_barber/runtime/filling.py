@@ -7,7 +7,7 @@ is raised: nothing that transformers initialised at random stays in the model.
 import re
 import warnings
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -82,17 +82,21 @@ def fill(model: PreTrainedModel, source: CheckpointSource, filling: Filling) -> 
 def _warn_of_unused(model: PreTrainedModel, source: CheckpointSource) -> None:
     """Name the checkpoint's tensors that the model has no place for, as when config.json says fewer layers."""
     used = {location.tensor for location in source.locations.values()}
-    expected = [re.compile(pattern) for pattern in (*COMPUTED, *(model._keys_to_ignore_on_load_unexpected or ()))]
-    unused = [
-        name for name in source.tensors if name not in used and not any(pattern.search(name) for pattern in expected)
-    ]
-    if unused:
-        more = f" and {len(unused) - SHOWN} more" if len(unused) > SHOWN else ""
+    unused = (name for name in source.tensors if name not in used)
+    if listed := _listed(unused, (*COMPUTED, *(model._keys_to_ignore_on_load_unexpected or ()))):
         warnings.warn(
-            f"{type(model).__name__}, as config.json describes it, has no place for {', '.join(unused[:SHOWN])}"
-            f"{more} of {source.model}: left out",
+            f"{type(model).__name__}, as config.json describes it, has no place for {listed} of {source.model}: "
+            "left out",
             stacklevel=4,
         )
+
+
+def _listed(names: Iterable[str], expected: Iterable[str]) -> str:
+    """The first names, and how many more there are, without those that a pattern of `expected` is found in."""
+    patterns = [re.compile(pattern) for pattern in expected]
+    told = [name for name in names if not any(pattern.search(name) for pattern in patterns)]
+    more = f" and {len(told) - SHOWN} more" if len(told) > SHOWN else ""
+    return ", ".join(told[:SHOWN]) + more
 
 
 def _fill_parameters(
@@ -179,16 +183,10 @@ def _fill_buffers(model: PreTrainedModel, source: CheckpointSource, split: nn.Mo
     _warn_of_missing(model, source, [name for name in stored if name not in source.locations])
 
 
-def _warn_of_missing(model: PreTrainedModel, source: CheckpointSource, missing: Sequence[str]) -> None:
+def _warn_of_missing(model: PreTrainedModel, source: CheckpointSource, missing: Iterable[str]) -> None:
     """Name the buffers that the checkpoint lacks, such as the bias that a router adds to its scores."""
-    expected = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_missing or ()]
-    named = [name for name in missing if not any(pattern.search(name) for pattern in expected)]
-    if named:
-        more = f" and {len(named) - SHOWN} more" if len(named) > SHOWN else ""
-        warnings.warn(
-            f"{source.model} has no {', '.join(named[:SHOWN])}{more}: an untrained model's values are taken",
-            stacklevel=5,
-        )
+    if listed := _listed(missing, model._keys_to_ignore_on_load_missing or ()):
+        warnings.warn(f"{source.model} has no {listed}: an untrained model's values are taken", stacklevel=5)
 
 
 def _float32_names(model: PreTrainedModel, dtype: torch.dtype) -> re.Pattern[str] | None:
