@@ -30,15 +30,18 @@ def free_port() -> int:
     raise AssertionError("no port is free")
 
 
-def run_ranks(count: int, function: Callable[[int], Any], messages: Path | None = None) -> list[int]:
+def run_ranks(
+    count: int, function: Callable[[int], Any], messages: Path | None = None, port: int | None = None
+) -> list[int]:
     """Call `function(rank)` in each of `count` processes of one run, and return their exit codes.
 
     Args:
         count: number of processes.
         function: called with the rank of its process.
         messages: folder for the message of each `BarberError`, in a file named by the rank.
+        port: at which the processes meet; None: a free one.
     """
-    port = free_port()
+    port = port or free_port()
     children = []
     for rank in range(count):
         child = os.fork()

@@ -2,6 +2,8 @@
 
 import copy
 import gc
+import json
+import shutil
 import weakref
 from collections.abc import Callable, Iterable
 from functools import partial
@@ -16,6 +18,8 @@ from torch.nn.utils import parametrize
 from transformers import AutoModelForCausalLM
 
 from llm_barber import PackConfig, hold_zeros, load, pack
+from llm_barber.checkpoint.companions import RECORD_NAME
+from llm_barber.checkpoint.digests import with_digest
 from llm_barber.errors import ModelError, SettingsError
 from llm_barber.runtime.held_zeros import is_held
 from tests.conftest import load_model, make_model, read_folder
@@ -336,6 +340,19 @@ def test_another_structure_than_the_records_is_held_by_its_zeros(pruned: Path) -
         model.weight[:4] = 0
     with pytest.warns(UserWarning, match="has not the linears of .* record"):
         assert hold_zeros(model, pruned).names == ("weight",)
+
+
+@pytest.mark.parametrize("name", ["forward", "mlp.forward", "mlp.up_proj.weight.data"])
+def test_what_a_record_names_has_to_be_a_module(pruned: Path, tmp_path: Path, name: str) -> None:
+    """A record may come from anyone."""
+    folder = shutil.copytree(pruned, tmp_path / "copy")
+    text = (folder / RECORD_NAME).read_text()
+    content = json.loads(text.replace('"mlp.up_proj"', f'"{name}"'))
+    (folder / RECORD_NAME).write_text(json.dumps(with_digest(content)))
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    with pytest.warns(UserWarning, match="has not the linears of .* record"):
+        names = hold_zeros(model).names
+    assert set(names) == set(linears_of(model))
 
 
 def test_models_that_cannot_be_held(pruned: Path, tmp_path: Path) -> None:
