@@ -104,6 +104,18 @@ def test_without_answers_by_example_there_is_no_triangle() -> None:
     assert "Without differences" not in markdown(make_comparison())
 
 
+def test_a_task_whose_accuracy_is_a_probability_does_not_count() -> None:
+    """The dense model has no answers to it, right or wrong; the other task's differences stay."""
+    cells = (make_cell(CompareRow.WANDA, False, "0.5", 0, 20.0, accuracy=0.5, right=("1100", None)),)
+    dense = make_evaluation(10.0, 0.6, ("1110", None))
+    comparison = make_comparison().model_copy(update={"cells": cells, "dense": dense})
+    (table,) = tables_by_target(comparison)
+    assert table.paired is not None
+    assert table.paired.rows[0].cells[0].startswith("-25.0 ± ")
+    assert "Tasks that no difference counts: hard. " in markdown(comparison)
+    assert "Tasks that no difference counts" not in markdown(compared())
+
+
 @pytest.mark.parametrize("digits", ["012", "1 0", ""])
 def test_damaged_answers_are_refused(digits: str) -> None:
     with pytest.raises(ValidationError):

@@ -222,9 +222,22 @@ def test_bad_input(model: Path, folder: Path, tmp_path: Path, monkeypatch: pytes
     (folder / "one.jsonl").write_text(json.dumps(QUESTIONS[0]))
     with pytest.raises(TaskError, match="fewer than two examples"):
         find_tasks(("one",), folder, None)
+    (folder / "arc-Easy.jsonl").write_text(json.dumps(QUESTIONS[0]))
+    with pytest.raises(TaskError, match=r"arc-Easy\.jsonl and arc_easy\.jsonl are files of one task"):
+        find_tasks((), folder, None)
+    (folder / "arc-Easy.jsonl").unlink()
     (folder / "one.jsonl").write_bytes(b"\xff")
     with pytest.raises(TaskError, match="cannot be read"):
         find_tasks(("one",), folder, None)
+
+
+def test_another_spelling_of_a_task_has_the_same_prompt(model: Path, folder: Path) -> None:
+    expected = evaluate(settings(model, folder, tasks=("hellaswag",))).tasks
+    (folder / "hellaswag.jsonl").rename(folder / "HellaSwag.jsonl")
+    results = evaluate(settings(model, folder, tasks=("hellaswag",))).tasks
+    assert [(task.metric, task.value, task.right) for task in results] == [
+        (task.metric, task.value, task.right) for task in expected
+    ]
 
 
 def test_lm_eval_is_not_installed(model: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

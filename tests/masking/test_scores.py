@@ -43,6 +43,21 @@ def test_scores_give_the_mask_that_they_come_from(pattern: NofM | None, same: bo
         assert moved[:, covered:].all()
 
 
+def test_a_large_border_does_not_swallow_the_margin() -> None:
+    """The border lies between 980 and 990; the first and the last weight are far on its wrong side."""
+    keep = torch.tensor([[True, True, False, False] + [False] * 3996])
+    saliency = torch.full((1, 4000), 1.0)
+    saliency[0, :4] = torch.tensor([1e4, 9.8e6, 9.9e6, 1.5e7])
+    keep = torch.cat([keep, keep.flip(1)])
+    saliency = torch.cat([saliency, saliency.flip(1)])
+    pattern = NofM(2, 4)
+    keep[:, 4:-4].view(2, -1, 4)[..., :2] = True
+    keep[0, -4:-2], keep[1, :2] = True, True
+    scores = starting_scores(keep, saliency, pattern)
+    assert scores[0, 3] > 900
+    assert torch.equal(mask_from_scores(scores, keep, count_pruned(keep, pattern), pattern), keep)
+
+
 def test_the_tail_stays_as_it_was() -> None:
     """Tail of a row, also where another tool has pruned it."""
     keep = torch.tensor([[True, False, False, True, False]])

@@ -16,6 +16,7 @@ from llm_barber import PruneConfig, RunReport, prune
 from llm_barber.method import distance
 from llm_barber.model.expert_products import Products
 from llm_barber.parallel.ranks import Ranks, joined
+from llm_barber.run import stream as run_module
 from tests.conftest import make_model, read_folder, save_tokens
 from tests.helpers.ranks import REFUSED, free_port, run_ranks
 from tests.helpers.released import REBUILT, make_pruned, rebuild_as_released, released_id
@@ -50,6 +51,26 @@ def test_masks_are_those_of_one_process(tmp_path: Path, run: Callable[..., RunRe
             [block.error_after for layer in result.layers for block in layer.blocks] for result in (report, record)
         )
         assert together == (alone if None in alone else pytest.approx(alone, rel=1e-3))
+
+
+def test_all_processes_have_the_allocation_of_the_first(
+    tmp_path: Path, run: Callable[..., RunReport], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Devices of several kinds round otherwise, so that each would find another one."""
+    settings = {"initial": "wanda", "rebuild": False, "allocation": "loss"}
+    run("alone", **settings)
+    allocate = run_module.allocate
+
+    def another(*arguments: Any) -> Any:
+        sparsities = allocate(*arguments)
+        if os.environ["RANK"] == "0":
+            return sparsities
+        return dict(zip(sparsities, reversed(sparsities.values()), strict=True))
+
+    monkeypatch.setattr(run_module, "allocate", another)
+    assert run_ranks(2, lambda _: run("together", **settings)) == [0, 0]
+    expected, written = read_folder(tmp_path / "alone"), read_folder(tmp_path / "together")
+    assert all(torch.equal(expected[name], written[name]) for name in expected)
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from llm_barber.comparison.result import CellResult, Comparison, ComparisonCell
 from llm_barber.errors import BarberError, SettingsError, UnfinishedRunError
 from llm_barber.evaluation.evaluate import Evaluator
 from llm_barber.evaluation.result import Evaluation
-from llm_barber.evaluation.tasks import find_tasks
+from llm_barber.evaluation.tasks import find_tasks, lm_eval_version
 from llm_barber.evaluation.texts import check_text
 from llm_barber.loading.opening import check_positions, load_config, load_tokenizer, warn_of_revision
 from llm_barber.model.device import resolve_device, resolve_dtype
@@ -166,7 +166,8 @@ def make_runner(
     """
     evaluation = config.evaluation(folder)
     tasks = [
-        [task.name, task.sha256, config.limit] for task in find_tasks(config.tasks, config.tasks_folder, config.limit)
+        [task.name, task.sha256 or lm_eval_version(), config.limit]
+        for task in find_tasks(config.tasks, config.tasks_folder, config.limit)
     ]
     common: dict[str, Any] = {
         "model": fingerprint(Path(folder)),

@@ -1,7 +1,7 @@
 """Differences between models' accuracies on tasks, paired by example, and which of them are more than chance."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from statistics import fmean
@@ -37,15 +37,28 @@ class Difference:
         return math.erfc(abs(self.mean) / self.standard_error / math.sqrt(2))
 
 
-def answers(evaluations: Sequence[Evaluation]) -> Answers | None:
+def tasks_without_answers(evaluation: Evaluation) -> set[str]:
+    """Tasks with an accuracy that has no right or wrong answer to each example.
+
+    Their accuracy is a probability, or they are of a version that did not keep answers.
+    """
+    return {task.task for task in evaluation.tasks if task.metric == ACCURACY and task.right is None}
+
+
+def answers(evaluations: Sequence[Evaluation], left_out: Collection[str] = ()) -> Answers | None:
     """A row's answers, from its evaluations (one a calibration seed).
 
-    None: no evaluation has tasks, or they are of a version that did not keep the answer to each example.
+    Args:
+        evaluations: of the row.
+        left_out: tasks that do not count: those without answers of the dense model.
+
+    Returns:
+        None: no evaluation has tasks, or they are of a version that did not keep the answer to each example.
     """
     by_task: dict[str, list[str | None]] = {}
     for evaluation in evaluations:
         for task in evaluation.tasks:
-            if task.metric == ACCURACY:
+            if task.metric == ACCURACY and task.task not in left_out:
                 by_task.setdefault(task.task, []).append(task.right)
     found = {name: [right for right in seeds if right] for name, seeds in by_task.items()}
     if not found or any(len(found[name]) < len(by_task[name]) for name in found):

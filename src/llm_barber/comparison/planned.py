@@ -5,11 +5,14 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from llm_barber.method.held_out import JUDGE_REVISION
 from llm_barber.settings.compare import CompareConfig, CompareRow, target_settings
 from llm_barber.settings.presets import PRESETS, REVISIONS, Allocation, Preset, Refine
 from llm_barber.settings.refining import sequences_a_step, windows_in_key
 from llm_barber.text.calibration import token_shape
 from llm_barber.text.suffixes import TOKEN_FILE_SUFFIX
+
+OLDEST_JUDGE = 2  # revision of the held-out rule of kept cells whose key does not name it
 
 
 @dataclass(frozen=True)
@@ -76,6 +79,8 @@ def cell_key(config: CompareConfig, cell: Cell) -> dict[str, Any]:
             key["reorder"] = True
     if cell.method.preset is not None and PRESETS[cell.method.preset].refine is Refine.TUNE:
         key |= windows_in_key(sequences_a_step(math.prod(calibration_shape(config))))
+        if JUDGE_REVISION > OLDEST_JUDGE:
+            key["held_out"] = JUDGE_REVISION
     return key
 
 

@@ -12,6 +12,7 @@ from llm_barber.comparison.paired import (
     answers,
     beyond_chance,
     paired_differences,
+    tasks_without_answers,
 )
 from llm_barber.comparison.result import DENSE, Comparison, ComparisonCell
 from llm_barber.evaluation.result import Evaluation
@@ -150,7 +151,8 @@ def evaluations_by_row(comparison: Comparison, target: str) -> dict[str, list[Ev
 
 def differences_on_tasks(comparison: Comparison, target: str) -> dict[tuple[str, str], Difference]:
     """Differences on tasks between the rows that have answers by example, each from the rows above it."""
-    found = {title: answers(row) for title, row in evaluations_by_row(comparison, target).items()}
+    left_out = tasks_without_answers(comparison.dense)
+    found = {title: answers(row, left_out) for title, row in evaluations_by_row(comparison, target).items()}
     return paired_differences({title: row_answers for title, row_answers in found.items() if row_answers is not None})
 
 

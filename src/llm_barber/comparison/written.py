@@ -4,7 +4,7 @@ import csv
 import io
 from collections.abc import Iterable, Sequence
 
-from llm_barber.comparison.paired import ACCURACY, answers
+from llm_barber.comparison.paired import ACCURACY, answers, tasks_without_answers
 from llm_barber.comparison.result import DENSE, Comparison, ComparisonCell
 from llm_barber.comparison.tables import (
     PAIRED,
@@ -39,6 +39,11 @@ def notes(comparison: Comparison) -> list[str]:
         + ", ".join(f"{name} {number}" for name, number in comparison.versions.items())
         + ".",
     ]
+    if left_out := tasks_without_answers(comparison.dense):
+        lines.append(
+            f"Tasks that no difference counts: {', '.join(sorted(left_out))}. The dense model's answers to them are "
+            "not right or wrong: they are probabilities, or an earlier version did not keep them."
+        )
     if unpaired := _rows_without_answers(comparison):
         lines.append(
             f"Without differences on tasks: {', '.join(unpaired)}. Their cells are of a version that kept no answers "
@@ -53,9 +58,11 @@ def notes(comparison: Comparison) -> list[str]:
 def _rows_without_answers(comparison: Comparison) -> list[str]:
     """Titles of the rows that a table of differences lacks, although they were measured on tasks."""
     titles: dict[str, None] = {}
+    left_out = tasks_without_answers(comparison.dense)
     for target in dict.fromkeys(cell.target for cell in comparison.cells):
         evaluations = evaluations_by_row(comparison, target)
-        found = {title: answers(row) for title, row in evaluations.items() if any(each.tasks for each in row)}
+        measured = {title: row for title, row in evaluations.items() if any(each.tasks for each in row)}
+        found = {title: answers(row, left_out) for title, row in measured.items()}
         if any(found.values()):
             titles |= dict.fromkeys(title for title, row_answers in found.items() if row_answers is None)
     return list(titles)

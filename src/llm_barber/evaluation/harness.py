@@ -15,7 +15,14 @@ from llm_barber.errors import HubError, TaskError, first_line
 from llm_barber.evaluation.language_model import StreamedLanguageModel
 from llm_barber.evaluation.result import TaskResult
 from llm_barber.evaluation.streamed import StreamedModel
-from llm_barber.evaluation.tasks import CONTINUED, PAPER_TASKS, Task, TaskRun, mean_and_standard_error
+from llm_barber.evaluation.tasks import (
+    PAPER_TASKS,
+    Task,
+    TaskRun,
+    continues_sentence,
+    lm_eval_version,
+    mean_and_standard_error,
+)
 from llm_barber.progress import Progress
 
 FEWSHOT_SEED = 1234  # lm-eval's default
@@ -84,7 +91,9 @@ def _collect(output: Mapping[str, Any], names: Iterable[str], tasks: Mapping[str
                     standard_error=error,
                     examples=len(values),
                     shots=output["n-shot"][name],
-                    source=task.file.name if task and task.file else f"lm-eval, version {output['versions'][name]}",
+                    source=task.file.name
+                    if task and task.file
+                    else f"{lm_eval_version()}, version {output['versions'][name]}",
                     sha256=task.sha256 if task else None,
                     against=None,
                     right="".join(f"{value:.0f}" for value in values) if set(values) <= {0.0, 1.0} else None,
@@ -155,7 +164,7 @@ def _configuration(task: Task) -> dict[str, Any]:
     examples = task.examples
     assert examples is not None
     beginnings = "continuation" in examples[0]
-    question = "{{query}}" if task.name in CONTINUED else "{{query}}\nAnswer:"
+    question = "{{query}}" if continues_sentence(task.name) else "{{query}}\nAnswer:"
     metrics = ["acc"] if beginnings else ["acc", "acc_norm"]
     return {
         "task": task.name,

@@ -8,6 +8,7 @@ import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ PAPER = "paper"
 # Fields of a line of a local file: a question with choices, or a sentence with two beginnings (winogrande).
 QUESTION_FIELDS = {"query": str, "choices": list, "gold": int}
 BEGINNING_FIELDS = {"context_options": list, "continuation": str, "gold": int}
-# Tasks whose choices go on with the sentence; in the other tasks they answer a question.
+# Plain names of tasks whose choices go on with the sentence; in the other tasks they answer a question.
 CONTINUED = ("hellaswag",)
 
 
@@ -55,16 +56,14 @@ def find_tasks(names: Sequence[str], folder: Path | None, limit: int | None) -> 
         limit: examples of each file, at most.
 
     Raises:
-        TaskError: a file is missing, or one of its lines is wrong.
+        TaskError: a file is missing, one of its lines is wrong, or two files are of one task.
     """
     selected = list(dict.fromkeys(task for name in names for task in (PAPER_TASKS if name == PAPER else (name,))))
     if folder is None:
         return tuple(Task(name) for name in selected)
     if not folder.is_dir():
         raise TaskError(f"there is no folder {folder}", "give a folder with one .jsonl file a task")
-    files = {_plain(path.stem): path for path in sorted(folder.glob("*.jsonl"))}
-    if not files:
-        raise TaskError(f"no .jsonl file in {folder}", "give a folder with one .jsonl file a task")
+    files = _files(folder)
     missing = [name for name in selected if _plain(name) not in files]
     if missing:
         raise TaskError(
@@ -73,6 +72,26 @@ def find_tasks(names: Sequence[str], folder: Path | None, limit: int | None) -> 
         )
     chosen = [files[_plain(name)] for name in selected] or list(files.values())
     return tuple(_read_task(path, limit) for path in chosen)
+
+
+def lm_eval_version() -> str:
+    """Name of lm-eval with its version, which decides the prompts and examples of tasks without a local file."""
+    try:
+        return f"lm-eval {version('lm-eval')}"
+    except PackageNotFoundError:
+        return "lm-eval"
+
+
+def _files(folder: Path) -> dict[str, Path]:
+    """The .jsonl files of a folder, by the plain names of their tasks."""
+    files: dict[str, Path] = {}
+    for path in sorted(folder.glob("*.jsonl")):
+        other = files.setdefault(_plain(path.stem), path)
+        if other is not path:
+            raise TaskError(f"{other} and {path.name} are files of one task", "remove or rename one of them")
+    if not files:
+        raise TaskError(f"no .jsonl file in {folder}", "give a folder with one .jsonl file a task")
+    return files
 
 
 def compare_tasks(run: TaskRun, other: TaskRun | None) -> tuple[TaskResult, ...]:
@@ -99,6 +118,11 @@ def compare_tasks(run: TaskRun, other: TaskRun | None) -> tuple[TaskResult, ...]
 def mean_and_standard_error(values: Sequence[float]) -> tuple[float, float]:
     """Mean of two or more values, and their sample standard deviation over √n."""
     return statistics.fmean(values), math.sqrt(statistics.variance(values) / len(values))
+
+
+def continues_sentence(task: str) -> bool:
+    """True if the choices of a local file's task go on with the sentence; False: they answer a question."""
+    return _plain(task) in CONTINUED
 
 
 def _plain(name: str) -> str:

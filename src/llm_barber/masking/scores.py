@@ -45,8 +45,9 @@ def starting_scores(keep: Tensor, saliency: Tensor, pattern: NofM | None, fixed:
     # `above` is infinite if every weight that may be dropped is pruned.
     _groups(border, pattern).copy_(torch.where(above.isfinite(), (below + above) / 2, below))
     beyond = scores - border
-    up = torch.maximum(scores, border) + MARGIN / (1 - beyond.clamp(max=0))
-    down = torch.minimum(scores, border) - MARGIN / (1 + beyond.clamp(min=0))
+    least = 4 * torch.finfo(torch.float32).eps * border  # so that the sum with a large border is another number
+    up = torch.maximum(scores, border) + torch.maximum(MARGIN / (1 - beyond.clamp(max=0)), least)
+    down = torch.minimum(scores, border) - torch.maximum(MARGIN / (1 + beyond.clamp(min=0)), least)
     return torch.where(keep, up, down).masked_fill(stays, torch.inf)
 
 

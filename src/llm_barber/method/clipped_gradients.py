@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from llm_barber.masking.statistics import weight_gradients
 from llm_barber.model.gradients import LinearGradients
 
 # A token whose term g xᵀ exceeds `HUGE_TERM` times the median token's, in Frobenius norm, counts as that large.
@@ -24,17 +25,16 @@ def clipped_gradients_by_weights(parts: Sequence[LinearGradients]) -> dict[str, 
     the linear, in all of its calls.
 
     Returns:
-        (out, in), in the gradients' dtype, by linear.
+        (out, in), by linear, in the dtype of `weight_gradients`.
     """
     results: dict[str, Tensor] = {}
     for part, root in zip(parts, _root_factors(parts), strict=True):
         # The root of s scales both factors of a term: s itself could underflow in float16.
         gradients, inputs = (part.gradients * root).flatten(1, 2), (part.inputs * root).flatten(1, 2)
         if len(part.names) == 1:  # a CPU multiplies two matrices faster than two stacks of one matrix
-            results[part.names[0]] = gradients[0].t() @ inputs[0]
+            results[part.names[0]] = weight_gradients(gradients[0], inputs[0])
         else:
-            products = gradients.transpose(1, 2) @ inputs
-            results |= zip(part.names, products.unbind(0), strict=True)
+            results |= zip(part.names, weight_gradients(gradients, inputs).unbind(0), strict=True)
     return results
 
 

@@ -18,7 +18,7 @@ FLOAT32 = torch.float32.itemsize
 def gradients_gathered(weights: int, itemsize: int) -> int:
     """Number of sequences whose gradients a GPU adds to the sums together, so that it reads and writes them less often.
 
-    Sums of float32 gradients are float64, which the GPU's kernel does not add up.
+    Float32 gradients are added one by one: most have sums in float64, which the GPU's kernel does not add up.
 
     Args:
         weights: number of weights that are tuned.
@@ -32,14 +32,15 @@ class GradientSums:
 
     Args:
         weights: what gradients are taken by, of any shape, by name.
-        dtype: of the gradients.
+        dtype: of the layer. Gradients have it too, or float32 for float16.
     """
 
     def __init__(self, weights: Mapping[str, Tensor], dtype: torch.dtype) -> None:
         self._sums = {name: _empty_sum(weight, SUM_DTYPES[dtype]) for name, weight in weights.items()}
         numbers, devices = sum(map(Tensor.numel, weights.values())), {weight.device for weight in weights.values()}
         added_together = all(has_kernels(device, dtype) for device in devices)
-        self._together = gradients_gathered(numbers, dtype.itemsize) if added_together else 1
+        itemsize = FLOAT32 if dtype == torch.float16 else dtype.itemsize
+        self._together = gradients_gathered(numbers, itemsize) if added_together else 1
         self._gathered: list[tuple[Mapping[str, Tensor], Tensor]] = []
         self._empty = set(self._sums)
 

@@ -194,7 +194,8 @@ def _allocate(
     sparsities = writer.state.sparsities
     if sparsities is None:
         spread = partial(allocate, allocation, initial_masks, outside, streams, initial_masks.budget, ahead, progress)
-        sparsities = _pass_dense(spread, "allocate", prepared, streams, seconds, began, progress)
+        found = _pass_dense(spread, "allocate", prepared, streams, seconds, began, progress)
+        sparsities = prepared.job.ranks.from_first(found)  # devices may round otherwise
         writer.keep_sparsities(sparsities, seconds, used_by(prepared, writer, streams))
     initial_masks.set_sparsities(sparsities)
 
