@@ -53,8 +53,8 @@ def pack(config: PackConfig, json: JsonOption = False, quiet: QuietOption = Fals
     """Store the pruned model PRUNED in fewer bytes, as kept values and their positions.
 
     At 50 % sparsity the pruned linears of a bfloat16 model take 56 % of their bytes. inspect, evaluate and generate
-    read PACKED; other programs need it unpacked. --values int8 rounds kept weights, to 32 % of the bytes. That changes
-    the model: check it with evaluate --against PRUNED.
+    read PACKED, and so does transformers after llm_barber.register(). Other programs need it unpacked. --values int8
+    rounds kept weights, to 32 % of the bytes. That changes the model: check it with evaluate --against PRUNED.
     """
     _run_packing(config, json, quiet)
 

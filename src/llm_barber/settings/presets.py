@@ -35,7 +35,7 @@ class Allocation(StrEnum):
 
 
 class Preset(StrEnum):
-    """`paper`: the published method. `mask`: best with dense weights. `best`: best of all, changes weights."""
+    """`paper`: the published method. `mask`: tunes masks, keeps dense weights. `best`: tunes both."""
 
     PAPER = "paper"
     MASK = "mask"

@@ -110,7 +110,7 @@ class RunSettings(StructureSettings):
     dtype: Dtype = Field("auto", description="Compute in float32, bfloat16 or float16 (default: auto, the fastest)")
     memory: Size | None = Field(
         default=None,
-        description="Host memory to stay within, as 8GiB; activations beyond it go to files (default: any)",
+        description="Host memory to stay within, as 8GiB; activations beyond it go to files (default: no limit)",
     )
     device_memory: Size | None = Field(default=None, description="GPU memory to stay within (default: all free)")
     activations_off_device: bool = Field(default=False, description="Keep activations in host memory, not on the GPU")
