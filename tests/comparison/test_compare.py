@@ -14,6 +14,8 @@ from llm_barber.checkpoint.folder import claim_folder, locked
 from llm_barber.comparison.compare import MARKER
 from llm_barber.comparison.planned import cell_key, plan_cells
 from llm_barber.errors import CalibrationError, ModelError, OutputError, SettingsError
+from llm_barber.evaluation import harness
+from llm_barber.evaluation.streamed import StreamedModel
 from llm_barber.masking.granularity import Granularity
 from llm_barber.progress import Silent
 from llm_barber.run import stream
@@ -150,6 +152,30 @@ def test_a_cell_measured_on_tasks_serves_without_them(settings: dict[str, Any], 
             assert with_tasks is not None
             assert with_tasks.evaluation.tasks
             assert cell.result.evaluation.texts == with_tasks.evaluation.texts
+
+
+def test_a_method_that_is_added_later_needs_no_dense_tasks(
+    settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The dense model's answers are kept; differences are those of one comparison with both methods."""
+    small = {name: value for name, value in settings.items() if name != "rebuild_settings"}
+    small.update(targets=("0.5",), seeds=(0,), rebuild=False)
+    both = compare(CompareConfig(**{**small, "output": settings["output"].with_name("both")}))
+    compare(CompareConfig(**{**small, "methods": ("magnitude",)}))
+    run_tasks, models = harness.run_tasks, []
+
+    def noted(model: StreamedModel, *rest: Any) -> Any:
+        models.append(model.source.folder.name)
+        return run_tasks(model, *rest)
+
+    monkeypatch.setattr(harness, "run_tasks", noted)
+    later = compare(CompareConfig(**small))
+    assert [name.split("-")[0] for name in models] == ["wanda"]
+    assert numbers(later) == numbers(both)
+    for cell, expected in zip(later.cells, both.cells, strict=True):
+        assert cell.result is not None
+        assert expected.result is not None
+        assert cell.result.evaluation.tasks == expected.result.evaluation.tasks
 
 
 def test_an_interrupted_comparison_goes_on(

@@ -145,8 +145,8 @@ def test_differences_are_paired_by_example() -> None:
     def result(values: list[float]) -> TaskRun:
         mean, error = mean_and_standard_error(values)
         task_result = TaskResult(
-            task="t", metric="acc", value=mean, standard_error=error, examples=4, shots=0, source="", sha256=None,
-            against=None,
+            task="t", metric="acc", value=mean, standard_error=error, examples=len(values), shots=0, source="",
+            sha256=None, against=None,
         )  # fmt: skip
         return TaskRun((task_result,), {("t", "acc"): values})
 
@@ -155,6 +155,8 @@ def test_differences_are_paired_by_example() -> None:
     assert compared.against.difference == 0.25
     # Differences 0, 1, 0, 0: variance 0.25, over 4 examples.
     assert compared.against.standard_error == pytest.approx(math.sqrt(0.25 / 4))
+    with pytest.raises(TaskError, match="task t has other examples than when"):
+        compare_tasks(result([1, 1, 0, 0]), result([1, 0, 0]))
 
 
 def test_names(folder: Path) -> None:

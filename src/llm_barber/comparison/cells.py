@@ -16,7 +16,7 @@ from llm_barber.checkpoint.state import STATE_BEFORE, STATE_NAME
 from llm_barber.checkpoint.untrusted import read_result
 from llm_barber.comparison.result import DENSE, CellResult, DenseResult
 from llm_barber.evaluation.evaluate import Evaluator
-from llm_barber.evaluation.result import Evaluation
+from llm_barber.evaluation.result import Evaluation, TaskResult
 from llm_barber.progress import Progress
 from llm_barber.record.report import RunReport
 from llm_barber.usage import machine, reset_peak_memory
@@ -52,6 +52,7 @@ class CellRunner:
         self.folder = folder
         self._make_evaluator = make_evaluator
         self._evaluator: Evaluator | None = None
+        self._dense_tasks: tuple[TaskResult, ...] = ()
         self.common = dict(common)
         self.tasks = list(tasks)
         self.keep_models = keep_models
@@ -78,6 +79,7 @@ class CellRunner:
             evaluation = self.evaluator.measure(self.evaluator.config.model, progress)
             result = DenseResult(key=key, evaluation=evaluation.model_copy(update={"model": DENSE, "against": DENSE}))
             write_durably(path, result.model_dump_json().encode())
+        self._dense_tasks = result.evaluation.tasks
         return result.evaluation
 
     def finished(self, name: str, settings: Mapping[str, Any], with_tasks: bool = True) -> CellResult | None:
@@ -120,6 +122,7 @@ class CellRunner:
         evaluator = self.evaluator
         reset_peak_memory()
         report = make(target)
+        evaluator.recall_tasks(self._dense_tasks)
         evaluation = evaluator.measure(str(target), progress, with_tasks)
         result = CellResult(
             name=name,

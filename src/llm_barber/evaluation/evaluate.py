@@ -1,6 +1,7 @@
 """Evaluate a checkpoint: perplexity, accuracy on tasks, distance from another model's predictions."""
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from types import ModuleType
@@ -13,7 +14,7 @@ from llm_barber.evaluation.branches import Batch
 from llm_barber.evaluation.predictions import HiddenStates, measure_predictions
 from llm_barber.evaluation.result import Evaluation, TaskResult, TextResult
 from llm_barber.evaluation.streamed import StreamedModel
-from llm_barber.evaluation.tasks import TaskRun, compare_tasks, find_tasks
+from llm_barber.evaluation.tasks import TaskRun, compare_tasks, earlier_run, find_tasks
 from llm_barber.evaluation.texts import check_text, evaluation_text, evaluation_windows
 from llm_barber.loading.opening import check_positions, check_vocabulary, load_tokenizer
 from llm_barber.loading.same_tokens import check_same_tokenizer, check_same_vocabulary
@@ -120,6 +121,15 @@ class Evaluator:
             texts=texts,
             tasks=tasks,
         )
+
+    def recall_tasks(self, results: Sequence[TaskResult]) -> None:
+        """Take an earlier run of the tasks on the model to compare with, if it has the answer to each example.
+
+        Args:
+            results: of that model, on the tasks of this evaluator.
+        """
+        if self.other is not None and self._other_tasks is None:
+            self._other_tasks = earlier_run(results)
 
     def _tokenised(self, name: str, model: StreamedModel, progress: Progress) -> TokenisedText:
         progress.stage(f"reading text {name}")

@@ -99,6 +99,9 @@ def compare_tasks(run: TaskRun, other: TaskRun | None) -> tuple[TaskResult, ...]
 
     The standard error is that of the mean of the examples' differences: models that fail on the same examples differ
     by less than their own standard errors say.
+
+    Raises:
+        TaskError: the runs are on different examples.
     """
     if other is None:
         return run.results
@@ -106,6 +109,11 @@ def compare_tasks(run: TaskRun, other: TaskRun | None) -> tuple[TaskResult, ...]
     results = []
     for result in run.results:
         key = (result.task, result.metric)
+        if len(other.by_example.get(key, ())) != result.examples:
+            raise TaskError(
+                f"task {result.task} has other examples than when the model to compare with was measured",
+                "measure that model again: with compare, remove the dense-….json files of its cells",
+            )
         differences = [
             value - other_value for value, other_value in zip(run.by_example[key], other.by_example[key], strict=True)
         ]
@@ -113,6 +121,16 @@ def compare_tasks(run: TaskRun, other: TaskRun | None) -> tuple[TaskResult, ...]
         comparison = TaskComparison(value=other_results[key].value, difference=mean, standard_error=error)
         results.append(result.model_copy(update={"against": comparison}))
     return tuple(results)
+
+
+def earlier_run(results: Sequence[TaskResult]) -> TaskRun | None:
+    """The run that gave these results; None: there are none, or one lacks the answer to each example."""
+    by_example = {
+        (result.task, result.metric): [float(digit) for digit in result.right] for result in results if result.right
+    }
+    if not results or len(by_example) < len(results):
+        return None
+    return TaskRun(tuple(result.model_copy(update={"against": None}) for result in results), by_example)
 
 
 def mean_and_standard_error(values: Sequence[float]) -> tuple[float, float]:
