@@ -27,7 +27,7 @@ from safetensors.torch import save_file
 from llm_barber.cli.progress import ConsoleProgress
 from llm_barber.comparison.paired import ACCURACY
 from llm_barber.evaluation.evaluate import Evaluator
-from llm_barber.loading.opening import load_tokenizer
+from llm_barber.loading.tokenizer import load_tokenizer
 from llm_barber.settings.evaluate import EvaluateConfig
 from llm_barber.text.calibration import load_calibration
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from llm_barber.cli.progress import ConsoleProgress
 from llm_barber.evaluation.predictions import HiddenStates, measure_predictions
 from llm_barber.evaluation.texts import evaluation_text, evaluation_windows
-from llm_barber.loading.opening import load_tokenizer
+from llm_barber.loading.tokenizer import load_tokenizer
 
 ROOT = Path(__file__).parent / "results"
 # Results of pruned models, by the name of the model here.

@@ -25,7 +25,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from llm_barber.loading.opening import load_tokenizer
+from llm_barber.loading.tokenizer import load_tokenizer
 from llm_barber.text.calibration import load_calibration
 
 SPARSITY, RATIO = 0.5, 0.1

@@ -30,7 +30,7 @@ from safetensors.torch import save_file
 from transformers import AutoConfig
 
 from llm_barber import PruneConfig, RunReport, prune
-from llm_barber.loading.opening import load_tokenizer
+from llm_barber.loading.tokenizer import load_tokenizer
 from llm_barber.model.device import CPU_BATCH_TOKENS, GPU_BATCH_TOKENS
 
 FORWARD_EQUIVALENTS = 5

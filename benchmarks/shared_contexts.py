@@ -18,7 +18,7 @@ from llm_barber.evaluation.harness import run_tasks
 from llm_barber.evaluation.language_model import StreamedLanguageModel
 from llm_barber.evaluation.streamed import StreamedModel
 from llm_barber.evaluation.tasks import Task, TaskRun, find_tasks
-from llm_barber.loading.opening import load_tokenizer
+from llm_barber.loading.tokenizer import load_tokenizer
 from llm_barber.progress import Silent
 
 

@@ -32,7 +32,8 @@ from llm_barber.errors import BarberError
 from llm_barber.evaluation.record import EVALUATION_NAME
 from llm_barber.evaluation.result import Evaluation, TextResult
 from llm_barber.evaluation.tasks import find_tasks
-from llm_barber.loading.opening import load_config, load_tokenizer
+from llm_barber.loading.configuration import load_config
+from llm_barber.loading.tokenizer import load_tokenizer
 from llm_barber.page.write import write_page
 from llm_barber.planning.configuration import read_configuration
 from llm_barber.settings.copies import PackConfig

@@ -99,7 +99,7 @@ def test_equals_likelihoods_by_transformers(model: Path, folder: Path, batch_siz
 def test_likelihoods_themselves(model: Path, folder: Path) -> None:
     from llm_barber.evaluation.harness import StreamedLanguageModel
     from llm_barber.evaluation.streamed import StreamedModel
-    from llm_barber.loading.opening import load_tokenizer
+    from llm_barber.loading.tokenizer import load_tokenizer
     from llm_barber.progress import Silent
 
     by_transformers = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()

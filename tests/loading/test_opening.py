@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from llm_barber import load
 from llm_barber.checkpoint.source import CheckpointSource
 from llm_barber.errors import ModelError
-from llm_barber.loading.opening import load_config
+from llm_barber.loading.configuration import load_config
 from tests.conftest import FAMILIES, change_json, make_model
 from tests.helpers.failing_runs import expect_failure
 

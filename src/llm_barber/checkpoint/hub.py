@@ -10,6 +10,8 @@ from llm_barber.checkpoint.durable import is_full
 from llm_barber.checkpoint.gguf import converted_gguf
 from llm_barber.checkpoint.regular import check_all_regular, check_regular
 from llm_barber.errors import HubError, ModelError
+from llm_barber.messages import SettingName, message
+from llm_barber.progress import Progress
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
@@ -159,3 +161,10 @@ def _explained(model: str, revision: str | None) -> Iterator[None]:
             f"no such model: {model} is not a folder here, and the hub cannot be reached",
             "check the path, or the connection (HF_HUB_OFFLINE, proxies); a folder or GGUF file needs no hub",
         ) from error
+
+
+def warn_of_revision(setting: str, revision: str | None, model: str, progress: Progress) -> None:
+    """Warn of a revision of a model that is no hub id; `setting`: its name."""
+    if revision is not None and local_path(model) is not None:
+        unused = "{setting} counts for nothing: {model} is not a hub id"
+        progress.warn(message(unused, setting=SettingName(setting, revision), model=model))

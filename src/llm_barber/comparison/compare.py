@@ -10,6 +10,7 @@ from typing import Any
 
 from llm_barber.checkpoint.durable import save_tensors
 from llm_barber.checkpoint.folder import check_claimable, claim_folder, locked
+from llm_barber.checkpoint.hub import warn_of_revision
 from llm_barber.checkpoint.source import CheckpointSource
 from llm_barber.comparison.cells import CALIBRATION, CellRunner, fingerprint, source_fingerprint
 from llm_barber.comparison.planned import Cell, calibration_shape, cell_key, cell_settings, has_tasks, plan_cells
@@ -20,7 +21,8 @@ from llm_barber.evaluation.evaluate import Evaluator
 from llm_barber.evaluation.result import Evaluation
 from llm_barber.evaluation.tasks import find_tasks, lm_eval_version
 from llm_barber.evaluation.texts import check_text
-from llm_barber.loading.opening import check_positions, load_config, load_tokenizer, warn_of_revision
+from llm_barber.loading.configuration import check_positions, load_config
+from llm_barber.loading.tokenizer import load_tokenizer
 from llm_barber.model.device import resolve_device, resolve_dtype
 from llm_barber.progress import Progress, Silent
 from llm_barber.run.commands import prune

@@ -16,8 +16,9 @@ from llm_barber.evaluation.result import Evaluation, TaskResult, TextResult
 from llm_barber.evaluation.streamed import StreamedModel
 from llm_barber.evaluation.tasks import TaskRun, compare_tasks, earlier_run, find_tasks
 from llm_barber.evaluation.texts import check_text, evaluation_text, evaluation_windows
-from llm_barber.loading.opening import check_positions, check_vocabulary, load_tokenizer
+from llm_barber.loading.configuration import check_positions
 from llm_barber.loading.same_tokens import check_same_tokenizer, check_same_vocabulary
+from llm_barber.loading.tokenizer import check_vocabulary, load_tokenizer
 from llm_barber.model.device import resolve_batch_size, resolve_device, resolve_dtype
 from llm_barber.model.gpu_kernels import same_kernels
 from llm_barber.progress import Progress, Silent

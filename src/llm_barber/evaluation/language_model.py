@@ -12,7 +12,7 @@ from torch import Tensor
 from llm_barber.errors import TaskError
 from llm_barber.evaluation.branches import Branched, Tokens, branched, make_batch
 from llm_barber.evaluation.streamed import MaskError, StreamedModel
-from llm_barber.loading.opening import check_vocabulary
+from llm_barber.loading.tokenizer import check_vocabulary
 from llm_barber.model.device import resolve_batch_size
 from llm_barber.progress import Progress
 from llm_barber.text.windows import tokens_of

@@ -12,7 +12,8 @@ from torch import Tensor
 from llm_barber.checkpoint.source import CheckpointSource
 from llm_barber.errors import ModelError
 from llm_barber.evaluation.branches import Batch
-from llm_barber.loading.opening import check_tensors, layer_locations, load_config, open_skeleton
+from llm_barber.loading.configuration import load_config
+from llm_barber.loading.opening import check_tensors, layer_locations, open_skeleton
 from llm_barber.model.architecture import StructureOptions
 from llm_barber.model.block import DecoderLayer
 from llm_barber.model.skeleton import Skeleton

@@ -11,9 +11,7 @@ from transformers import PreTrainedConfig
 from llm_barber.checkpoint.locations import Location, sharded_by
 from llm_barber.checkpoint.source import CheckpointSource
 from llm_barber.errors import ModelError
-from llm_barber.loading.opening import (
-    layer_locations,
-)
+from llm_barber.loading.opening import layer_locations
 from llm_barber.model.architecture import Architecture, Block
 from llm_barber.model.block import DecoderLayer
 from llm_barber.model.skeleton import Skeleton

@@ -1,32 +1,19 @@
-"""Open a checkpoint's configuration, tokenizer and empty model, and check that they belong together."""
-
-import math
-from collections.abc import Mapping
-from pathlib import Path
-from typing import Any
+"""Make the empty model of a configuration, and check that a checkpoint's tensors fit it."""
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedConfig
+from transformers import PreTrainedConfig
 
-from llm_barber.checkpoint.hub import local_path
 from llm_barber.checkpoint.locations import FLOAT_DTYPES, Location
-from llm_barber.checkpoint.packed_configuration import KEY, names_packed
 from llm_barber.checkpoint.source import CheckpointSource
-from llm_barber.errors import CalibrationError, ModelError, first_line
+from llm_barber.errors import ModelError, first_line
 from llm_barber.loading.naming import find_locations
-from llm_barber.messages import SettingName, message
 from llm_barber.model.architecture import Architecture
 from llm_barber.model.buffers import stored_buffer_names
 from llm_barber.model.device import experts_per_token
 from llm_barber.model.empty import untie_head
 from llm_barber.model.experts import Experts
 from llm_barber.model.skeleton import Skeleton
-from llm_barber.progress import Progress
-from llm_barber.text.windows import beginning_of_texts
-
-GENERATION_CONFIG = "generation_config.json"
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
 
 
 def make_skeleton(
@@ -152,159 +139,3 @@ def layer_locations(skeleton: Skeleton, source: CheckpointSource, index: int) ->
     parameters = {name: source.location(prefix + name) for name in skeleton.layer_names(index)}
     buffers = {name: source.locations.get(prefix + name) for name in skeleton.buffer_names(index)}
     return parameters | {name: location for name, location in buffers.items() if location is not None}
-
-
-def load_config(source: CheckpointSource) -> PreTrainedConfig:
-    """The checkpoint's configuration.
-
-    Raises:
-        ModelError: transformers cannot use it, or it has a number that is not finite, or a dtype without fractions.
-    """
-    try:
-        config = AutoConfig.from_pretrained(source.folder, trust_remote_code=False, local_files_only=True)
-    except Exception as error:  # transformers raises whatever a damaged file makes it raise
-        raise unusable_configuration(source.model, error) from error
-    forget_packed(config)
-    check_finite(source.configuration, config, source.model)
-    if config.dtype not in (None, torch.float64, torch.float32, torch.bfloat16, torch.float16):
-        raise ModelError(
-            f"config.json of {source.model} says dtype {config.dtype}, in which no model is computed",
-            "write the dtype that the weights have, for example bfloat16",
-        )
-    return config
-
-
-def forget_packed(config: PreTrainedConfig) -> None:
-    """Remove the entry that says that the weights are packed: what is built from `config` is an ordinary model."""
-    if names_packed({KEY: getattr(config, KEY, None)}):
-        delattr(config, KEY)
-
-
-def check_finite(configuration: Mapping[str, Any], config: PreTrainedConfig, model: str) -> None:
-    """Refuse numbers that are NaN or infinite.
-
-    Settings whose default in transformers is not finite may be.
-
-    Args:
-        configuration: content of config.json.
-        config: the same, as transformers read it; Mamba 2's default `time_step_limit` is (0, infinity).
-        model: as it was named.
-
-    Raises:
-        ModelError: there is such a number.
-    """
-    waiting: list[tuple[str, Mapping[str, Any], PreTrainedConfig]] = [("", configuration, config)]
-    while waiting:
-        path, settings, described = waiting.pop()
-        for name, value in settings.items():
-            inner = getattr(described, name, None)
-            if isinstance(value, Mapping) and isinstance(inner, PreTrainedConfig):
-                waiting.append((f"{path}{name}.", value, inner))
-            elif _is_finite(getattr(type(described), name, None)) and not _is_finite(value):
-                raise ModelError(
-                    f"config.json of {model} says {path}{name}: {value}, which is not a finite number",
-                    "get the file again, or write the number that the model was trained with",
-                )
-
-
-def _is_finite(value: Any) -> bool:
-    """Test whether all numbers of a value are finite, those in its lists and mappings included."""
-    waiting = [value]
-    while waiting:
-        part = waiting.pop()
-        if isinstance(part, float) and not math.isfinite(part):
-            return False
-        if isinstance(part, Mapping):
-            waiting.extend(part.values())
-        elif isinstance(part, list | tuple):
-            waiting.extend(part)
-    return True
-
-
-def unusable_configuration(model: str, error: Exception) -> ModelError:
-    """Error for a configuration that transformers refuses."""
-    if "trust_remote_code" in str(error):
-        return ModelError(
-            f"the code of {model} comes with the checkpoint, and is not run",
-            "architectures that transformers has itself are pruned",
-        )
-    return ModelError(
-        f"config.json of {model} cannot be used: {first_line(error)}",
-        "update transformers if it does not know the model, or get the file again if it is damaged",
-    )
-
-
-def load_generation_config(folder: Path) -> GenerationConfig | None:
-    """Settings of text generation in a model's folder; None: it has none.
-
-    Raises:
-        ModelError: the file is damaged.
-    """
-    if not (folder / GENERATION_CONFIG).exists():
-        return None
-    try:
-        return GenerationConfig.from_pretrained(folder, local_files_only=True)
-    except Exception as error:  # transformers raises whatever a damaged file makes it raise
-        raise ModelError(
-            f"{GENERATION_CONFIG} in {folder} cannot be used: {first_line(error)}",
-            "get the file again, or remove it: a model is loaded without it, too",
-        ) from error
-
-
-def load_tokenizer(folder: Path) -> Any | None:
-    """Tokenizer of a model's folder; None: the folder has none.
-
-    Raises:
-        CalibrationError: it cannot be loaded, or cannot tokenize a short text.
-    """
-    if not any((folder / name).exists() for name in TOKENIZER_FILES):
-        return None  # some tokenizers would load empty instead of raising an error
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-        beginning_of_texts(tokenizer)
-        return tokenizer
-    except (KeyboardInterrupt, SystemExit, MemoryError, CalibrationError):
-        raise
-    except BaseException as error:  # tokenizers raise all kinds of errors; those in Rust raise a BaseException
-        raise CalibrationError(
-            f"the tokenizer in {folder} cannot be loaded: {first_line(error)}",
-            "get the tokenizer's files again",
-        ) from error
-
-
-def warn_of_revision(setting: str, revision: str | None, model: str, progress: Progress) -> None:
-    """Warn of a revision of a model that is no hub id; `setting`: its name."""
-    if revision is not None and local_path(model) is not None:
-        unused = "{setting} counts for nothing: {model} is not a hub id"
-        progress.warn(message(unused, setting=SettingName(setting, revision), model=model))
-
-
-def check_positions(config: PreTrainedConfig, seqlen: int, setting: str | None = "seqlen") -> None:
-    """Refuse windows longer than the model's positions.
-
-    Args:
-        config: the model's.
-        seqlen: tokens of a window.
-        setting: name of the setting that gives this length; None: a file of tokens gives it.
-
-    Raises:
-        CalibrationError: the windows are too long.
-    """
-    positions = getattr(config, "max_position_embeddings", None)
-    if positions is not None and seqlen > positions:
-        shorter = (
-            message("give {setting}, or less", setting=SettingName(setting, str(positions)))
-            if setting
-            else f"make a file with windows of {positions} tokens or less"
-        )
-        raise CalibrationError(f"windows of {seqlen} tokens are beyond the model's {positions} positions", shorter)
-
-
-def check_vocabulary(config: PreTrainedConfig, tokens: Tensor) -> None:
-    """Refuse token ids, int64, that are outside the model's vocabulary."""
-    low, high = (int(value) for value in torch.aminmax(tokens))
-    if low < 0 or high >= config.vocab_size:
-        raise CalibrationError(
-            f"token {high if low >= 0 else low} is outside the model's vocabulary of {config.vocab_size}",
-            "the tokenizer, or the token file, belongs to another model",
-        )

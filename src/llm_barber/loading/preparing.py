@@ -6,20 +6,15 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedConfig
 
+from llm_barber.checkpoint.hub import warn_of_revision
 from llm_barber.checkpoint.output import check_output
 from llm_barber.checkpoint.source import CheckpointSource
 from llm_barber.errors import ModelError, SettingsError
 from llm_barber.gpu.kernels import kernels_of_run, leave_out_kernels
+from llm_barber.loading.configuration import check_positions, load_config
 from llm_barber.loading.job import Job
-from llm_barber.loading.opening import (
-    check_positions,
-    check_tensors,
-    check_vocabulary,
-    load_config,
-    load_tokenizer,
-    open_skeleton,
-    warn_of_revision,
-)
+from llm_barber.loading.opening import check_tensors, open_skeleton
+from llm_barber.loading.tokenizer import check_vocabulary, load_tokenizer
 from llm_barber.messages import SettingName, message
 from llm_barber.model.device import (
     experts_per_token,

@@ -6,7 +6,7 @@ from typing import Any
 from transformers import PreTrainedConfig
 
 from llm_barber.errors import ModelError
-from llm_barber.loading.opening import load_tokenizer
+from llm_barber.loading.tokenizer import load_tokenizer
 from llm_barber.text.calibration import read_text
 from llm_barber.text.windows import tokens_of
 

@@ -12,7 +12,7 @@ from llm_barber.checkpoint.hub import check_folder, hub_configuration
 from llm_barber.checkpoint.regular import check_regular
 from llm_barber.checkpoint.untrusted import read_json
 from llm_barber.errors import ModelError
-from llm_barber.loading.opening import check_finite, forget_packed, unusable_configuration
+from llm_barber.loading.configuration import check_finite, forget_packed, unusable_configuration
 
 NOT_FOUND_HINT = "give a folder with config.json, a config.json, a GGUF file or a hub id"
 SIZES = ("hidden_size", "intermediate_size", "num_attention_heads", "num_hidden_layers", "vocab_size")

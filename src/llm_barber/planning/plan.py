@@ -6,8 +6,9 @@ import torch
 from transformers import PreTrainedConfig
 
 from llm_barber.errors import ModelError, SettingsError
+from llm_barber.loading.configuration import check_positions
 from llm_barber.loading.naming import check_conversions
-from llm_barber.loading.opening import check_positions, make_skeleton
+from llm_barber.loading.opening import make_skeleton
 from llm_barber.loading.preparing import sequences_together
 from llm_barber.model.architecture import ARCHITECTURES
 from llm_barber.model.device import free_device_memory, resolve_device, resolve_dtype

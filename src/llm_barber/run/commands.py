@@ -4,12 +4,11 @@ from collections.abc import Callable
 from typing import Any
 
 from llm_barber.checkpoint.companions import RECORD_NAME
-from llm_barber.checkpoint.hub import local_path
+from llm_barber.checkpoint.hub import local_path, warn_of_revision
 from llm_barber.checkpoint.output import clear_finished
 from llm_barber.checkpoint.state import STATE_NAME
 from llm_barber.errors import SettingsError
 from llm_barber.loading.job import Job
-from llm_barber.loading.opening import warn_of_revision
 from llm_barber.loading.preparing import open_job
 from llm_barber.masking.granularity import Granularity
 from llm_barber.masking.pattern import NofM, Pattern

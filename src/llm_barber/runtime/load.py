@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 
 from llm_barber.checkpoint.source import CheckpointSource
 from llm_barber.errors import SettingsError
-from llm_barber.loading.opening import load_config, load_generation_config, unusable_configuration
+from llm_barber.loading.configuration import load_config, load_generation_config, unusable_configuration
 from llm_barber.messages import message
 from llm_barber.model.device import resolve_device
 from llm_barber.model.empty import auto_class, join_tied_linears, parameters_on_meta

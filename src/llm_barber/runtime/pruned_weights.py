@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from llm_barber.checkpoint.companions import RECORD_NAME
 from llm_barber.checkpoint.source import CheckpointSource
 from llm_barber.errors import BarberError, ModelError, SettingsError
-from llm_barber.loading.opening import load_config
+from llm_barber.loading.configuration import load_config
 from llm_barber.messages import message
 from llm_barber.model.structure import find_architecture
 from llm_barber.record.file import read_record, recorded_structure

@@ -15,7 +15,7 @@ from llm_barber.checkpoint.hub import resolve_model
 from llm_barber.checkpoint.source import CheckpointSource
 from llm_barber.errors import ModelError
 from llm_barber.evaluation.texts import evaluation_text, evaluation_windows
-from llm_barber.loading.opening import check_positions, load_config
+from llm_barber.loading.configuration import check_positions, load_config
 from llm_barber.masking.granularity import Granularity
 from llm_barber.messages import message
 from llm_barber.model.device import resolve_device

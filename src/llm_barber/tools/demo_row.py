@@ -15,7 +15,7 @@ from transformers.utils import logging as transformers_logging
 from llm_barber.checkpoint.hub import resolve_model
 from llm_barber.errors import ModelError
 from llm_barber.evaluation.perplexity import perplexity
-from llm_barber.loading.opening import load_tokenizer
+from llm_barber.loading.tokenizer import load_tokenizer
 from llm_barber.model.device import resolve_device, resolve_dtype
 from llm_barber.model.empty import auto_class
 from llm_barber.progress import Progress, Silent

@@ -9,8 +9,9 @@ from torch import nn
 from transformers.utils import logging
 
 from llm_barber.checkpoint.source import CheckpointSource
-from llm_barber.loading.opening import check_vocabulary, load_config, load_generation_config
+from llm_barber.loading.configuration import load_config, load_generation_config
 from llm_barber.loading.same_tokens import check_same_tokenizer, check_same_vocabulary
+from llm_barber.loading.tokenizer import check_vocabulary
 from llm_barber.model.device import resolve_device, resolve_dtype
 from llm_barber.model.empty import auto_class
 from llm_barber.progress import Progress, Silent

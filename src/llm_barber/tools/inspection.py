@@ -7,10 +7,10 @@ from torch import Tensor
 
 from llm_barber.checkpoint.bits import INTEGERS
 from llm_barber.checkpoint.channel_order import read_order
+from llm_barber.checkpoint.hub import warn_of_revision
 from llm_barber.checkpoint.rounding import round_trip
 from llm_barber.checkpoint.source import CheckpointSource
 from llm_barber.errors import ModelError
-from llm_barber.loading.opening import warn_of_revision
 from llm_barber.masking.find_patterns import find_patterns, holds
 from llm_barber.masking.pattern import parse_pattern
 from llm_barber.progress import Progress, Silent

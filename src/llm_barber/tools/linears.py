@@ -10,7 +10,8 @@ from torch import Tensor
 from llm_barber.checkpoint.locations import Location, shape_of
 from llm_barber.checkpoint.source import CheckpointSource
 from llm_barber.errors import BarberError, ModelError
-from llm_barber.loading.opening import load_config, open_skeleton
+from llm_barber.loading.configuration import load_config
+from llm_barber.loading.opening import open_skeleton
 from llm_barber.model.architecture import StructureOptions
 from llm_barber.model.skeleton import Skeleton
 from llm_barber.model.structure import find_architecture

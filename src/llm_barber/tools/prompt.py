@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 
 from llm_barber.errors import CalibrationError, ModelError, SettingsError, first_line
-from llm_barber.loading.opening import load_tokenizer
+from llm_barber.loading.tokenizer import load_tokenizer
 from llm_barber.messages import SettingName, message
 from llm_barber.progress import Progress
 from llm_barber.settings.generate import STANDARD_INPUT, GenerateConfig
