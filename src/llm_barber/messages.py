@@ -4,7 +4,7 @@ Python users read `rebuild_ratio`, the command line shows `--rebuild-ratio`.
 """
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from string import Formatter
 from typing import Self
@@ -101,3 +101,9 @@ def joined(separator: str, messages: Iterable[Message]) -> Message:
     """Join messages with a separator between each two."""
     parts = [part for text in messages for part in (separator, text)]
     return Message(*parts[1:])
+
+
+def first_names(names: Sequence[str], shown: int = 5) -> str:
+    """The first names of a list, and how many more there are."""
+    more = f" and {len(names) - shown} more" if len(names) > shown else ""
+    return ", ".join(names[:shown]) + more

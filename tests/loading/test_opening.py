@@ -8,11 +8,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from llm_barber import load
+from llm_barber import PruneConfig, load, prune
 from llm_barber.checkpoint.source import CheckpointSource
 from llm_barber.errors import ModelError
 from llm_barber.loading.configuration import load_config
-from tests.conftest import FAMILIES, change_json, make_model
+from tests.conftest import FAMILIES, Listener, change_json, make_model
 from tests.helpers.failing_runs import expect_failure
 
 
@@ -86,6 +86,11 @@ def test_a_stored_buffer_of_another_shape(tmp_path: Path, tokens: Path, shape: t
     save_file({key: tensors[key] for key in tensors if key != name}, model / "model.safetensors", {"format": "pt"})
     with pytest.warns(UserWarning, match=f"has no {name}: an untrained model's values are taken"):
         load(model)
+    listener = Listener()
+    prune(PruneConfig(model=str(model), output=tmp_path / "out", calibration=str(tokens)), listener)
+    assert [warning for warning in listener.warnings if "has no" in warning] == [
+        f"{model} has no {name}: an untrained model's values are taken"
+    ]
 
 
 @pytest.mark.parametrize("change", ["more", "fewer", "one column", "biases of one column"])

@@ -9,6 +9,7 @@ from llm_barber.checkpoint.index import PACKED_INDEX, packed_name
 from llm_barber.checkpoint.state import STATE_BEFORE, STATE_NAME
 from llm_barber.checkpoint.untrusted import read_json
 from llm_barber.errors import ModelError, OutputError
+from llm_barber.messages import first_names
 
 PROGRAM_FILES = {*OWN_JSON, CARD_NAME, PAGE_NAME, STATE_NAME, STATE_BEFORE, LOCK_NAME, REPLACED}
 INDEX_FILES = {INDEX_NAME, PACKED_INDEX}
@@ -22,7 +23,6 @@ CHECKPOINT_FILE = re.compile(
     r"|(licen[cs]e|notice|use_policy)([.-][\w.-]+)?|\.gitattributes",
     re.IGNORECASE,
 )
-SHOWN = 5  # files that a message names
 
 
 def check_replaceable(output: Path) -> None:
@@ -45,10 +45,9 @@ def check_replaceable(output: Path) -> None:
         if not _belongs(path, output, recorded)
     )
     if foreign:
-        more = f" and {len(foreign) - SHOWN} more" if len(foreign) > SHOWN else ""
         unknown_to = "neither its record nor this program names" if recorded else "no checkpoint has"
         raise OutputError(
-            f"{output} holds files that {unknown_to}: {', '.join(foreign[:SHOWN])}{more}",
+            f"{output} holds files that {unknown_to}: {first_names(foreign)}",
             "--overwrite would delete them: move them elsewhere, or choose another output folder",
         )
 

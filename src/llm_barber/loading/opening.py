@@ -1,5 +1,7 @@
 """Make the empty model of a configuration, and check that a checkpoint's tensors fit it."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
@@ -8,6 +10,7 @@ from llm_barber.checkpoint.locations import FLOAT_DTYPES, Location
 from llm_barber.checkpoint.source import CheckpointSource
 from llm_barber.errors import ModelError, first_line
 from llm_barber.loading.naming import find_locations
+from llm_barber.messages import first_names
 from llm_barber.model.architecture import Architecture
 from llm_barber.model.buffers import stored_buffer_names
 from llm_barber.model.device import experts_per_token
@@ -106,6 +109,11 @@ def check_tensors(skeleton: Skeleton, source: CheckpointSource, with_head: bool)
             f"{source.model} has decoder layer {unknown[0]}, config.json says that there are {count}",
             "config.json and the weights do not belong together",
         )
+
+
+def lacking_buffers(model: str, missing: Sequence[str]) -> str:
+    """Warning that a checkpoint, by its name, lacks buffers (`missing_buffers`)."""
+    return f"{model} has no {first_names(missing)}: an untrained model's values are taken"
 
 
 def check_stored(source: CheckpointSource, name: str, experts: nn.Module | None = None) -> None:

@@ -7,7 +7,6 @@ is raised: nothing that transformers initialised at random stays in the model.
 import re
 import warnings
 from collections import Counter
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -20,8 +19,9 @@ from llm_barber.checkpoint.rounding import Rounded
 from llm_barber.checkpoint.source import CheckpointSource
 from llm_barber.errors import ModelError
 from llm_barber.loading.naming import find_locations
-from llm_barber.loading.opening import check_stored
-from llm_barber.model.buffers import set_buffer, stored_buffer_names
+from llm_barber.loading.opening import check_stored, lacking_buffers
+from llm_barber.messages import first_names
+from llm_barber.model.buffers import missing_buffers, set_buffer, stored_buffer_names, unexpected
 from llm_barber.model.empty import empty_model, untie_head
 from llm_barber.model.experts import Experts, is_fused
 from llm_barber.progress import Progress
@@ -32,7 +32,6 @@ from llm_barber.runtime.packed_linear import PackedLinear
 from llm_barber.runtime.packed_module import PackedModule
 from llm_barber.runtime.rounded_linear import RoundedLinear
 
-SHOWN = 5  # names of tensors in a warning
 # Buffers that old checkpoints have, and that transformers computes; it keeps silent about them, too.
 COMPUTED = (r"rotary_emb\.inv_freq", r"(^|\.)position_ids$")
 
@@ -83,20 +82,13 @@ def _warn_of_unused(model: PreTrainedModel, source: CheckpointSource) -> None:
     """Name the checkpoint's tensors that the model has no place for, as when config.json says fewer layers."""
     used = {location.tensor for location in source.locations.values()}
     unused = (name for name in source.tensors if name not in used)
-    if listed := _listed(unused, (*COMPUTED, *(model._keys_to_ignore_on_load_unexpected or ()))):
+    if names := unexpected(unused, (*COMPUTED, *(model._keys_to_ignore_on_load_unexpected or ()))):
         warnings.warn(
-            f"{type(model).__name__}, as config.json describes it, has no place for {listed} of {source.model}: "
+            f"{type(model).__name__}, as config.json describes it, has no place for {first_names(names)} of "
+            f"{source.model}: "
             "left out",
             stacklevel=4,
         )
-
-
-def _listed(names: Iterable[str], expected: Iterable[str]) -> str:
-    """The first names, and how many more there are, without those that a pattern of `expected` is found in."""
-    patterns = [re.compile(pattern) for pattern in expected]
-    told = [name for name in names if not any(pattern.search(name) for pattern in patterns)]
-    more = f" and {len(told) - SHOWN} more" if len(told) > SHOWN else ""
-    return ", ".join(told[:SHOWN]) + more
 
 
 def _fill_parameters(
@@ -175,18 +167,12 @@ def _fill_buffers(model: PreTrainedModel, source: CheckpointSource, split: nn.Mo
         has_parameters = any(parameter is not None for parameter in module._parameters.values())
         module._is_hf_initialized = has_parameters or not module._non_persistent_buffers_set
     model.initialize_weights()
-    stored = stored_buffer_names(model)
-    for name in (name for name in stored if name in source.locations):
+    for name in (name for name in stored_buffer_names(model) if name in source.locations):
         buffer = model.get_buffer(name)
         _check_shape(name, source.shape(name), tuple(buffer.shape))
         set_buffer(model, name, source.read_parameters([name])[name], filling.device or buffer.device)
-    _warn_of_missing(model, source, [name for name in stored if name not in source.locations])
-
-
-def _warn_of_missing(model: PreTrainedModel, source: CheckpointSource, missing: Iterable[str]) -> None:
-    """Name the buffers that the checkpoint lacks, such as the bias that a router adds to its scores."""
-    if listed := _listed(missing, model._keys_to_ignore_on_load_missing or ()):
-        warnings.warn(f"{source.model} has no {listed}: an untrained model's values are taken", stacklevel=5)
+    if missing := missing_buffers(model, source.locations):
+        warnings.warn(lacking_buffers(source.model, missing), stacklevel=4)
 
 
 def _float32_names(model: PreTrainedModel, dtype: torch.dtype) -> re.Pattern[str] | None:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from llm_barber.errors import ModelError, SettingsError
 from llm_barber.masking.find_patterns import holds
 from llm_barber.masking.pattern import NofM
-from llm_barber.messages import message
+from llm_barber.messages import first_names, message
 
 # Rows and columns must be multiples of these: both of PyTorch's backends, CUTLASS and cuSPARSELt, take them.
 MULTIPLES = {torch.float16: (32, 64), torch.bfloat16: (32, 64)}
@@ -38,10 +38,7 @@ class SemiStructured:
         names_by_reason = {
             reason: [name for name, other in self.dense.items() if other == reason] for reason in reasons
         }
-        parts = [
-            f"{reason}: {', '.join(names[:3])}{f' and {len(names) - 3} more' if len(names) > 3 else ''}"
-            for reason, names in names_by_reason.items()
-        ]
+        parts = [f"{reason}: {first_names(names, 3)}" for reason, names in names_by_reason.items()]
         return f"{len(self.converted)} linears are semi-structured, {len(self.dense)} dense ({'; '.join(parts)})"
 
 
