@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 from llm_barber.checkpoint.counts import check_counts
 from llm_barber.checkpoint.durable import sync_file, sync_folder
 from llm_barber.errors import ModelError, OutputError, first_line
+from llm_barber.messages import first_names
 
 DTYPE = torch.bfloat16
 CONVERTER_VERSION = 1  # part of the cache's key: raise it when the result changes
@@ -132,8 +133,7 @@ def _refuse_missing(path: Path, loading: Mapping[str, Any]) -> None:
     missing = [*sorted(loading["missing_keys"]), *map(str, loading.get("mismatched_keys", ()))]
     if missing:
         raise ModelError(
-            f"{path} has no weights, or weights of another shape, for {missing[0]}"
-            + (f" and {len(missing) - 1} more" if len(missing) > 1 else ""),
+            f"{path} has no weights, or weights of another shape, for {first_names(missing, 1)}",
             "the file is incomplete; get it again, whole",
         )
 

@@ -81,6 +81,13 @@ def is_hub_id(model: str) -> bool:
     return re.fullmatch(pattern, model) is not None and not model.endswith(".gguf")
 
 
+def warn_of_revision(setting: str, revision: str | None, model: str, progress: Progress) -> None:
+    """Warn of a revision of a model that is no hub id; `setting`: its name."""
+    if revision is not None and local_path(model) is not None:
+        unused = "{setting} counts for nothing: {model} is not a hub id"
+        progress.warn(message(unused, setting=SettingName(setting, revision), model=model))
+
+
 def check_folder(folder: Path) -> None:
     """Refuse a checkpoint's folder in which a file to be opened is a named pipe, a socket or a device.
 
@@ -161,10 +168,3 @@ def _explained(model: str, revision: str | None) -> Iterator[None]:
             f"no such model: {model} is not a folder here, and the hub cannot be reached",
             "check the path, or the connection (HF_HUB_OFFLINE, proxies); a folder or GGUF file needs no hub",
         ) from error
-
-
-def warn_of_revision(setting: str, revision: str | None, model: str, progress: Progress) -> None:
-    """Warn of a revision of a model that is no hub id; `setting`: its name."""
-    if revision is not None and local_path(model) is not None:
-        unused = "{setting} counts for nothing: {model} is not a hub id"
-        progress.warn(message(unused, setting=SettingName(setting, revision), model=model))

@@ -63,6 +63,7 @@ class CellRunner:
         """The evaluator, made when it is first needed: a finished comparison needs none."""
         if self._evaluator is None:
             self._evaluator = self._make_evaluator()
+            self._evaluator.recall_tasks(self._dense_tasks)
         return self._evaluator
 
     @property
@@ -122,7 +123,6 @@ class CellRunner:
         evaluator = self.evaluator
         reset_peak_memory()
         report = make(target)
-        evaluator.recall_tasks(self._dense_tasks)
         evaluation = evaluator.measure(str(target), progress, with_tasks)
         result = CellResult(
             name=name,

@@ -83,6 +83,12 @@ def check_conversions(model: PreTrainedModel, layers: str) -> None:
                     raise _conversion_error(conversion, f"the tensors of {target}")
 
 
+def unexpected(names: Iterable[str], expected: Iterable[str] | None) -> list[str]:
+    """The names that no pattern of `expected`, as transformers lists them, is found in."""
+    patterns = [re.compile(pattern) for pattern in expected or ()]
+    return [name for name in names if not any(pattern.search(name) for pattern in patterns)]
+
+
 def _is_known(name: str, parameters: set[str], experts: dict[str, Experts]) -> bool:
     path, _, leaf = name.rpartition(".")
     return name in parameters or (path in experts and f"{path}.{experts[path].parts(leaf)[0].name}" in parameters)

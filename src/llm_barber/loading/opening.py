@@ -1,7 +1,5 @@
 """Make the empty model of a configuration, and check that a checkpoint's tensors fit it."""
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
@@ -9,7 +7,7 @@ from transformers import PreTrainedConfig
 from llm_barber.checkpoint.locations import FLOAT_DTYPES, Location
 from llm_barber.checkpoint.source import CheckpointSource
 from llm_barber.errors import ModelError, first_line
-from llm_barber.loading.naming import find_locations
+from llm_barber.loading.naming import find_locations, unexpected
 from llm_barber.messages import first_names
 from llm_barber.model.architecture import Architecture
 from llm_barber.model.buffers import stored_buffer_names
@@ -111,9 +109,11 @@ def check_tensors(skeleton: Skeleton, source: CheckpointSource, with_head: bool)
         )
 
 
-def lacking_buffers(model: str, missing: Sequence[str]) -> str:
-    """Warning that a checkpoint, by its name, lacks buffers (`missing_buffers`)."""
-    return f"{model} has no {first_names(missing)}: an untrained model's values are taken"
+def lacking_buffers(model: nn.Module, source: CheckpointSource) -> str | None:
+    """Warning that names the stored buffers which the checkpoint lacks; None: it has all that transformers expects."""
+    absent = (name for name in stored_buffer_names(model) if name not in source.locations)
+    missing = unexpected(absent, getattr(model, "_keys_to_ignore_on_load_missing", None))
+    return f"{source.model} has no {first_names(missing)}: an untrained model's values are taken" if missing else None
 
 
 def check_stored(source: CheckpointSource, name: str, experts: nn.Module | None = None) -> None:

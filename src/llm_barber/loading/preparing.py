@@ -16,7 +16,6 @@ from llm_barber.loading.job import Job
 from llm_barber.loading.opening import check_tensors, lacking_buffers, open_skeleton
 from llm_barber.loading.tokenizer import check_vocabulary, load_tokenizer
 from llm_barber.messages import SettingName, message
-from llm_barber.model.buffers import missing_buffers
 from llm_barber.model.device import (
     experts_per_token,
     fitting_batch,
@@ -115,8 +114,8 @@ def _open_job(model: str, settings: RunSettings, targets: Targets | None, progre
     skeleton = open_skeleton(source, config, architecture, device, dtype)
     needs_head = settings.allocated_by is Allocation.LOSS or settings.prunes_head
     check_tensors(skeleton, source, with_head=needs_head)
-    if missing := missing_buffers(skeleton.model, source.locations):
-        progress.warn(lacking_buffers(source.model, missing))
+    if warning := lacking_buffers(skeleton.model, source):
+        progress.warn(warning)
     free = free_device_memory(device, settings.device_memory) if device.type == "cuda" else 0
     batch_size = sequences_together(settings, skeleton, device, sequences, seqlen, free)
     job = Job(

@@ -18,10 +18,10 @@ from llm_barber.checkpoint.memory import Memory, ordinary_memory
 from llm_barber.checkpoint.rounding import Rounded
 from llm_barber.checkpoint.source import CheckpointSource
 from llm_barber.errors import ModelError
-from llm_barber.loading.naming import find_locations
+from llm_barber.loading.naming import find_locations, unexpected
 from llm_barber.loading.opening import check_stored, lacking_buffers
 from llm_barber.messages import first_names
-from llm_barber.model.buffers import missing_buffers, set_buffer, stored_buffer_names, unexpected
+from llm_barber.model.buffers import set_buffer, stored_buffer_names
 from llm_barber.model.empty import empty_model, untie_head
 from llm_barber.model.experts import Experts, is_fused
 from llm_barber.progress import Progress
@@ -85,8 +85,7 @@ def _warn_of_unused(model: PreTrainedModel, source: CheckpointSource) -> None:
     if names := unexpected(unused, (*COMPUTED, *(model._keys_to_ignore_on_load_unexpected or ()))):
         warnings.warn(
             f"{type(model).__name__}, as config.json describes it, has no place for {first_names(names)} of "
-            f"{source.model}: "
-            "left out",
+            f"{source.model}: left out",
             stacklevel=4,
         )
 
@@ -171,8 +170,8 @@ def _fill_buffers(model: PreTrainedModel, source: CheckpointSource, split: nn.Mo
         buffer = model.get_buffer(name)
         _check_shape(name, source.shape(name), tuple(buffer.shape))
         set_buffer(model, name, source.read_parameters([name])[name], filling.device or buffer.device)
-    if missing := missing_buffers(model, source.locations):
-        warnings.warn(lacking_buffers(source.model, missing), stacklevel=4)
+    if warning := lacking_buffers(model, source):
+        warnings.warn(warning, stacklevel=4)
 
 
 def _float32_names(model: PreTrainedModel, dtype: torch.dtype) -> re.Pattern[str] | None:
