@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llm_barber.masking.gradient_squares import GradientSquares
 from llm_barber.masking.rebuild import Rebuilt, rebuild_masks
 from llm_barber.masking.saliency import weight_gradient
-from llm_barber.masking.statistics import GradientSquares
 from llm_barber.method import layer as method
 from llm_barber.method.block_pass import BlockPass
 from llm_barber.method.outcome import BlockOutcome

@@ -40,7 +40,7 @@ STAGES = {
     "y_sparse, and block outputs after the rebuild": ("llm_barber.model.block", "DecoderLayer", "block_output"),
     "y_dense and gradients": ("llm_barber.method.rebuild", None, "block_gradients"),
     "  of which backward": ("torch.autograd", None, "grad"),
-    "  of which per-sequence gradients, squared": ("llm_barber.masking.statistics", "GradientSquares", "update"),
+    "  of which per-sequence gradients, squared": ("llm_barber.masking.gradient_squares", "GradientSquares", "update"),
     "rebuild: ranking and swapping": ("llm_barber.method.rebuild", None, "rebuild_masks"),
     "layer output after the rebuild": ("llm_barber.model.block", "DecoderLayer", "final_output"),
 }

@@ -13,11 +13,11 @@ from collections.abc import Callable
 import torch
 from common import keep, show
 
+from llm_barber.masking.gram import GramMatrix, gram_flops
 from llm_barber.masking.granularity import Granularity
 from llm_barber.masking.initial import initial_mask
 from llm_barber.masking.pattern import NofM, Pattern, Unstructured
 from llm_barber.masking.saliency import wanda
-from llm_barber.masking.statistics import GramMatrix, gram_flops
 from llm_barber.masking.swaps import swap_pairs
 
 TARGETS: dict[str, Pattern] = {

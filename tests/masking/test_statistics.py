@@ -1,16 +1,10 @@
 import pytest
 import torch
 
-from llm_barber.masking.statistics import (
-    GradientSquares,
-    GramMatrix,
-    InputMoments,
-    InputSquares,
-    TargetMoments,
-    _add_squares_at_once,
-    _add_squares_by_rows,
-    exact_half_products,
-)
+from llm_barber.masking.gradient_squares import GradientSquares, _add_squares_at_once, _add_squares_by_rows
+from llm_barber.masking.gram import GramMatrix, TargetMoments
+from llm_barber.masking.products import exact_half_products
+from llm_barber.masking.statistics import InputMoments, InputSquares
 
 
 def inputs(dtype: torch.dtype = torch.float32, features: int = 6) -> torch.Tensor:

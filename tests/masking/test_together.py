@@ -7,16 +7,9 @@ import pytest
 import torch
 
 from llm_barber.masking import together
-from llm_barber.masking.statistics import (
-    FisherSums,
-    GradientSquares,
-    GramMatrix,
-    InputMoments,
-    InputSquares,
-    RunningSums,
-    TargetMoments,
-    mirror,
-)
+from llm_barber.masking.gradient_squares import FisherSums, GradientSquares
+from llm_barber.masking.gram import GramMatrix, TargetMoments, mirror
+from llm_barber.masking.statistics import InputMoments, InputSquares, RunningSums
 from llm_barber.masking.together import _add_squares, _square_and_add, update_together
 from tests.helpers.experts import Operations
 

@@ -12,9 +12,9 @@ from llm_barber import PruneConfig, prune
 from llm_barber.checkpoint.source import CheckpointSource
 from llm_barber.errors import BarberError, ModelError, NotFiniteError, SettingsError
 from llm_barber.masking.budget import removal_costs, spread_budget
+from llm_barber.masking.gradient_squares import FisherSums
 from llm_barber.masking.owl import layer_sparsities, outlier_share
 from llm_barber.masking.saliency import wanda
-from llm_barber.masking.statistics import FisherSums
 from llm_barber.method import allocation
 from llm_barber.model.streams import ActivationStreams
 from tests.conftest import make_model, read_folder, save_tokens

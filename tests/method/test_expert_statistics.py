@@ -9,7 +9,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from llm_barber.masking.statistics import FisherSums, GradientSquares, GramMatrix, InputMoments, InputSquares, mirror
+from llm_barber.masking.gradient_squares import FisherSums, GradientSquares
+from llm_barber.masking.gram import GramMatrix, mirror
+from llm_barber.masking.statistics import InputMoments, InputSquares
 from llm_barber.method import clipped_gradients
 from llm_barber.method.clipped_gradients import clipped_gradients_by_weights
 from llm_barber.method.input_statistics import collect_inputs

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from llm_barber.errors import NotFiniteError
+from llm_barber.masking.gram import GramMatrix
 from llm_barber.masking.granularity import Granularity
 from llm_barber.masking.pattern import NofM, Unstructured
-from llm_barber.masking.statistics import GramMatrix
 from llm_barber.method.initial_methods import MASK_METHODS, PrunableLinear
 from llm_barber.settings.initial import METHOD_FACTS, Initial
 

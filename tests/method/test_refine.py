@@ -14,12 +14,12 @@ from transformers import AutoModelForCausalLM
 
 from llm_barber import InspectConfig, PruneConfig, RunReport, inspect, prune
 from llm_barber.errors import SettingsError
+from llm_barber.masking.gram import TargetMoments
 from llm_barber.masking.granularity import Granularity
 from llm_barber.masking.initial import initial_mask
 from llm_barber.masking.least_squares import least_squares
 from llm_barber.masking.pattern import NofM, Unstructured
 from llm_barber.masking.saliency import wanda
-from llm_barber.masking.statistics import TargetMoments
 from llm_barber.masking.swaps import swap_pairs
 from llm_barber.method import refine
 from llm_barber.method.pruned_linear import PrunedLinear

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from llm_barber.errors import ModelError
-from llm_barber.masking.statistics import FisherSums, GradientSquares
+from llm_barber.masking.gradient_squares import FisherSums, GradientSquares
 from llm_barber.model.architecture import ARCHITECTURES, LLAMA, Architecture, Block
 from llm_barber.model.block import DecoderLayer
 from llm_barber.model.gradients import reconstruction_errors

@@ -11,16 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llm_barber.masking.statistics import (
-    FisherSums,
-    GradientSquares,
-    GramMatrix,
-    InputMoments,
-    InputSquares,
-    TargetMoments,
-    exact_half_products,
-    weight_gradients,
-)
+from llm_barber.masking.gradient_squares import FisherSums, GradientSquares, weight_gradients
+from llm_barber.masking.gram import GramMatrix, TargetMoments
+from llm_barber.masking.products import exact_half_products
+from llm_barber.masking.statistics import InputMoments, InputSquares
 
 # Most elements of matrices that are computed together; so many keep a GPU busy for longer than starting takes.
 MATRIX_ELEMENTS = 2**24

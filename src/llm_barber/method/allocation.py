@@ -7,9 +7,10 @@ from llm_barber.checkpoint.ahead import ReadAhead
 from llm_barber.errors import ModelError, NotFiniteError, SettingsError
 from llm_barber.loading.job import Job
 from llm_barber.masking.budget import removal_costs, spread_budget
+from llm_barber.masking.gradient_squares import FisherSums
 from llm_barber.masking.owl import layer_sparsities, outlier_share
 from llm_barber.masking.saliency import wanda
-from llm_barber.masking.statistics import FisherSums, InputSquares
+from llm_barber.masking.statistics import InputSquares
 from llm_barber.messages import message
 from llm_barber.method.dense_layers import DenseLayers, first_input_kept
 from llm_barber.method.few_tokens import linears_with_few_tokens, total_token_counts

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from llm_barber.masking.statistics import weight_gradients
+from llm_barber.masking.gradient_squares import weight_gradients
 from llm_barber.model.gradients import LinearGradients
 
 # A token whose term g xᵀ exceeds `HUGE_TERM` times the median token's, in Frobenius norm, counts as that large.

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from llm_barber.checkpoint.locations import parameters_in
 from llm_barber.loading.job import Job
+from llm_barber.masking.gram import TargetMoments
 from llm_barber.masking.rebuild import Rebuilt
-from llm_barber.masking.statistics import TargetMoments
 from llm_barber.method.initial_masks import InitialMasks
 from llm_barber.method.layer import PrunedLayer
 from llm_barber.method.outcome import BlockOutcome, block_result

@@ -14,11 +14,12 @@ from llm_barber.errors import overflowed
 from llm_barber.masking import saliency
 from llm_barber.masking.admm import ScaledGram, admm, scaled_gram
 from llm_barber.masking.dsnot import dsnot
+from llm_barber.masking.gram import GramMatrix
 from llm_barber.masking.granularity import Granularity
 from llm_barber.masking.initial import initial_mask
 from llm_barber.masking.pattern import Pattern, group_pattern
 from llm_barber.masking.sparsegpt import inverse_factor, sparsegpt
-from llm_barber.masking.statistics import GramMatrix, InputMoments, InputSquares
+from llm_barber.masking.statistics import InputMoments, InputSquares
 from llm_barber.settings.initial import Initial
 
 

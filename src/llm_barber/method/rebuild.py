@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from llm_barber.errors import overflowed
+from llm_barber.masking.gradient_squares import GradientSquares
 from llm_barber.masking.granularity import Granularity
 from llm_barber.masking.rebuild import Rebuilt, rebuild_masks
 from llm_barber.masking.saliency import weight_gradient
-from llm_barber.masking.statistics import GradientSquares
 from llm_barber.method.block_pass import BlockPass
 from llm_barber.method.few_tokens import freeze_linears_with_few_tokens
 from llm_barber.method.outcome import BlockOutcome

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from llm_barber.masking.statistics import TargetMoments
+from llm_barber.masking.gram import TargetMoments
 from llm_barber.masking.together import update_together
 from llm_barber.method.block_pass import BlockPass, dense_batches, measure_candidates, measured_windows
 from llm_barber.method.few_tokens import freeze_linears_with_few_tokens

@@ -10,9 +10,9 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from llm_barber.masking.gram import TargetMoments
 from llm_barber.masking.least_squares import least_squares, squared_distance
 from llm_barber.masking.selection import apply_mask
-from llm_barber.masking.statistics import TargetMoments
 from llm_barber.masking.swaps import swap_pairs
 from llm_barber.method.pruned_linear import PrunedLinear
 from llm_barber.settings.refining import RefineSettings

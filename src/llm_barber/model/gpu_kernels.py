@@ -9,7 +9,7 @@ A difference of two outputs measures pruning only if both come from the same ker
 - Products in half precision: by default cuBLAS may add partial sums in half precision, depending on the shape.
 - Products in float32: a program, or an environment variable of its container, may have allowed TF32, which rounds
   inputs to 10 bits. Only Gram matrices and float16 gradients of weights take it, where it is exact
-  (`masking/statistics.py`).
+  (`masking/products.py`).
 - Deterministic mode: a program may have switched it on. It would refuse `torch.median` and `torch.kthvalue`, whose
   values are deterministic, and whose indices nobody reads. Gradients switch it on themselves (`fixed_order.py`).
 
@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from llm_barber.masking.statistics import float32_products
+from llm_barber.masking.products import float32_products
 
 # Of what a GPU computes: higher whenever the same run may give other bits there; 2: norms; 3: rotary and SwiGLU;
 # 4: GELU of gates.

@@ -5,7 +5,7 @@ from collections.abc import Callable, Collection, Mapping
 import torch
 from torch import Tensor
 
-from llm_barber.masking.statistics import FisherSums, GradientSquares
+from llm_barber.masking.gradient_squares import FisherSums, GradientSquares
 from llm_barber.masking.together import update_together
 from llm_barber.model.architecture import Block
 from llm_barber.model.block import DecoderLayer

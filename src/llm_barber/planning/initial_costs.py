@@ -1,9 +1,9 @@
 """Work of initial masks and of what comes before them: the order of channels, and the allocation."""
 
 from llm_barber.masking.channel_order import ROWS, TOGETHER
+from llm_barber.masking.gram import gram_flops
 from llm_barber.masking.selection import SELECTED_ON_GPU
 from llm_barber.masking.sparsegpt import STRIDE
-from llm_barber.masking.statistics import gram_flops
 from llm_barber.model.architecture import MLP
 from llm_barber.native.borders import can_select
 from llm_barber.planning.passes import (

@@ -18,8 +18,9 @@ from torch.nn.functional import linear, scaled_dot_product_attention
 from llm_barber.checkpoint.activations import save_activations
 from llm_barber.checkpoint.durable import sync_file
 from llm_barber.checkpoint.memory import pinned_memory
+from llm_barber.masking.gram import add_products, gram_flops
+from llm_barber.masking.products import exact_half_products
 from llm_barber.masking.selection import SORTED_ON_GPU, sort_values
-from llm_barber.masking.statistics import add_products, exact_half_products, gram_flops
 from llm_barber.masking.swaps import SWAPS_A_ROUND, swap_pairs
 from llm_barber.model.attention import fast_attention
 from llm_barber.model.gpu_kernels import same_kernels

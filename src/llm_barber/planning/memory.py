@@ -7,9 +7,9 @@ holds of the previous layer, and pages of the file that is being read.
 from dataclasses import dataclass, replace
 
 from llm_barber.loading.job import OUTSIDE_SHARD_BYTES
+from llm_barber.masking.gradient_squares import gradients_together
 from llm_barber.masking.granularity import Granularity
 from llm_barber.masking.selection import LONGEST_ON_GPU, SORTED_ON_GPU
-from llm_barber.masking.statistics import gradients_together
 from llm_barber.masking.swaps import WEIGHTS_AT_ONCE, WEIGHTS_ON_GPU
 from llm_barber.masking.together import MATRIX_ELEMENTS
 from llm_barber.method.allocation import LOGITS

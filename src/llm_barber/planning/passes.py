@@ -1,6 +1,6 @@
 """Work of a pass over the calibration tokens, in any stage: forward, inputs, streams and sums."""
 
-from llm_barber.masking.statistics import gradients_together
+from llm_barber.masking.gradient_squares import gradients_together
 from llm_barber.planning.recipe import Recipe
 from llm_barber.planning.shapes import BlockShapes
 from llm_barber.planning.work import Work

@@ -2,7 +2,7 @@
 
 import math
 
-from llm_barber.masking.statistics import gram_flops
+from llm_barber.masking.gram import gram_flops
 from llm_barber.method.gradient_sums import gradients_gathered
 from llm_barber.method.refine_linear import DAMPINGS, STEPS_A_DAMPING, UNGUARDED_STEPS
 from llm_barber.native.changes import ChangedByC
