@@ -8,15 +8,41 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
+from llm_barber import PruneConfig
 from llm_barber.checkpoint import activation_writer
 from llm_barber.checkpoint.follower import Follower
 from llm_barber.checkpoint.source import CheckpointSource
 from llm_barber.checkpoint.state import Used, read_state
 from llm_barber.checkpoint.writer import CheckpointWriter
 from llm_barber.errors import BarberError, ModelError, OutputError
+from llm_barber.run.dry_run import dry_run
+from tests.conftest import COMMON
 from tests.helpers.resumed_runs import check_resumed
-from tests.helpers.runs import keep_each_input, read_untimed_files, run, run_stopped
+from tests.helpers.runs import SETTINGS, keep_each_input, read_untimed_files, run, run_stopped
+
+
+def room_for_activations(model: Path, tokens: Path, work_folder: Path, **settings: Any) -> int:
+    """Bytes of the files of activations of a run of `model` on `tokens` that `work_folder` has not yet."""
+    config = PruneConfig(model=model, output=work_folder / "none", calibration=tokens, **{**SETTINGS, **settings})
+    kept = sum(path.stat().st_size for path in work_folder.glob("activations-*.safetensors"))
+    return max(0, dry_run(config).activation_file_bytes - kept)
+
+
+def test_a_disk_has_room_for_files_of_activations(
+    tmp_path: Path, model: Path, tokens: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both arrays that a layer starts from with `mask`, three times."""
+    sequences, seqlen = load_file(tokens)["input_ids"].shape
+    needed = CheckpointSource(model).bytes + 3 * 2 * sequences * seqlen * COMMON["hidden_size"] * 4
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=needed - 1))
+    for start in (run, lambda *_: room_for_activations(model, tokens, tmp_path)):
+        with pytest.raises(OutputError, match=r"takes .*, files of activations meanwhile .*, the disk of"):
+            start(model, tmp_path / "out", tokens)
+    assert not (tmp_path / "out.partial").exists()
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=needed))
+    run(model, tmp_path / "out", tokens)
 
 
 @pytest.mark.parametrize("format", ["dense", "packed"])
@@ -32,12 +58,13 @@ def test_what_is_written_already_needs_no_room_again(
         assert packed < written
     model_bytes = CheckpointSource(model).bytes
     assert 0 < written < model_bytes
-    free = model_bytes - written
+    free = model_bytes - written + room_for_activations(model, tokens, tmp_path / "out.partial", format=format)
+    files = sum(path.stat().st_size for path in (tmp_path / "out.partial").iterdir() if "activations" not in path.name)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=free - files))  # headers, states, lock
+    with pytest.raises(OutputError, match="the disk of"):
+        run(model, tmp_path / "out", tokens, resume=True, format=format)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=free))
     check_resumed(monkeypatch, tmp_path, model, tokens, [2], format=format)
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=free - 1))
-    with pytest.raises(OutputError, match="the disk of"):
-        run(model, tmp_path / "other", tokens)
 
 
 def test_what_could_not_be_kept_is_not_told_to_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -108,6 +135,6 @@ def test_leftovers_that_a_resumed_run_deletes_are_room(
     partial = tmp_path / "out.partial"
     written = sum(shard.bytes for shard in read_state(partial).shards.values())
     (partial / "model-00003-of-00009.safetensors").write_bytes(bytes(9000))  # of a shard that no state names
-    free = CheckpointSource(model).bytes - written - 9000
+    free = CheckpointSource(model).bytes - written - 9000 + room_for_activations(model, tokens, partial)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=free))
     check_resumed(monkeypatch, tmp_path, model, tokens, [2])

@@ -26,7 +26,7 @@ def work_folder(output: Path) -> Path:
     return output.with_name(f"{output.name}{PARTIAL}")
 
 
-def check_output(output: Path, overwrite: bool, needed: int = 0, resume: bool = False) -> None:
+def check_output(output: Path, overwrite: bool, needed: int = 0, resume: bool = False, activations: int = 0) -> None:
     """Refuse a folder where the output cannot be written, or where it would harm other files.
 
     Args:
@@ -34,6 +34,7 @@ def check_output(output: Path, overwrite: bool, needed: int = 0, resume: bool = 
         overwrite: replace a model folder of that name.
         needed: bytes of the whole checkpoint, unpacked.
         resume: an unfinished run is continued, so that its finished shards need no room again.
+        activations: bytes of all files of activations that the work folder holds at once.
 
     Raises:
         OutputError: the folder is in use, exists and may not be replaced, or is not writable; the disk is too small.
@@ -50,7 +51,8 @@ def check_output(output: Path, overwrite: bool, needed: int = 0, resume: bool = 
     parent = next(folder for folder in output.parents if folder.exists())
     if not os.access(parent, os.W_OK):
         raise OutputError(f"cannot write in {parent}", "choose a folder you can write")
-    _check_room(output, parent, needed - _bytes_not_needed(partial, resume))
+    shards, kept_activations = _present_bytes(partial, resume)
+    _check_room(output, parent, needed - shards, max(0, activations - kept_activations))
     if not output.exists():
         return
     if not output.is_dir():
@@ -74,20 +76,23 @@ def unwritable(output: Path, error: OSError, resumable: bool) -> OutputError:
     )
 
 
-def _check_room(output: Path, parent: Path, needed: int) -> None:
+def _check_room(output: Path, parent: Path, needed: int, activations: int) -> None:
     free = shutil.disk_usage(parent).free
-    if free < needed:
-        raise OutputError(
-            f"the checkpoint takes {readable_bytes(needed)}, the disk of {output} has {readable_bytes(free)}",
-            "free some space or choose another disk",
-        )
+    if free >= needed + activations:
+        return
+    takes = f"the checkpoint takes {readable_bytes(max(0, needed))}"
+    hint = "free some space or choose another disk"
+    if activations:
+        takes += f", files of activations meanwhile {readable_bytes(activations)}"
+        hint += "; fewer calibration tokens make smaller files"
+    raise OutputError(f"{takes}, the disk of {output} has {readable_bytes(free)}", hint)
 
 
-def _bytes_not_needed(partial: Path, resume: bool) -> int:
-    """Bytes of the checkpoint that the files of a work folder already take, or that a run will free there.
+def _present_bytes(partial: Path, resume: bool) -> tuple[int, int]:
+    """Bytes that files of a work folder already take: of the checkpoint, or to be freed; and of activations.
 
     A resumed run keeps the finished shards: each stands for its unpacked bytes. It keeps the files of activations that
-    its state names, which are no part of the checkpoint. It deletes all other files, and any other run deletes all.
+    its state names. It deletes all other files, and any other run deletes all.
     """
     try:
         state = read_state(partial) if resume else None
@@ -95,10 +100,11 @@ def _bytes_not_needed(partial: Path, resume: bool) -> int:
         state = None
     sizes = {path.name: path.stat().st_size for path in partial.glob("*") if path.is_file()}
     if state is None:
-        return sum(sizes.values())
+        return sum(sizes.values()), 0
     activations = {saved.file for saved in state.activations}
     unpacked = {name: shard.bytes for name, shard in state.shards.items()}
-    return sum(max(size, unpacked.get(name, 0)) for name, size in sizes.items() if name not in activations)
+    others = sum(max(size, unpacked.get(name, 0)) for name, size in sizes.items() if name not in activations)
+    return others, sum(size for name, size in sizes.items() if name in activations)
 
 
 def give_name(partial: Path, output: Path) -> None:

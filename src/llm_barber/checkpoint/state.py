@@ -21,6 +21,7 @@ STATE_NAME, STATE_BEFORE = "state.json", "state-before.json"
 STATE_VERSION = 7
 READ_VERSIONS = (6, STATE_VERSION)  # in version 6, files of activations have another digest
 ACTIVATIONS_KEPT = 2
+MOST_ACTIVATION_FILES = ACTIVATIONS_KEPT + 1  # at once: the next one is written before the oldest is removed
 START_AGAIN = "start again with --overwrite and without --resume"
 
 

@@ -23,7 +23,8 @@ def show_forecast(forecast: Forecast) -> None:
     console.print(
         f"{forecast.model}: {forecast.architecture}, {forecast.layers} decoder layers, {forecast.parameters:,} "
         f"parameters, {forecast.weights:,} of them prunable\n{forecast.settings}; {forecast.sequences} × "
-        f"{forecast.tokens} tokens, {forecast.dtype} on {forecast.device}, {forecast.batch_size} windows at a time",
+        f"{forecast.tokens} tokens, {forecast.dtype} on {forecast.device}, {forecast.batch_size} "
+        f"window{'s' if forecast.batch_size > 1 else ''} at a time",
         soft_wrap=True,
     )
     for line in forecast.structure:

@@ -7,7 +7,8 @@ from pydantic import BaseModel, ConfigDict
 
 from llm_barber.checkpoint.companions import LOCK_NAME
 from llm_barber.checkpoint.folder import locked
-from llm_barber.checkpoint.output import work_folder
+from llm_barber.checkpoint.output import check_output, work_folder
+from llm_barber.checkpoint.state import MOST_ACTIVATION_FILES
 from llm_barber.checkpoint.unfinished import unfinished_run
 from llm_barber.model.device import current_gpu_kept
 from llm_barber.parallel.ranks import Ranks
@@ -24,9 +25,11 @@ from llm_barber.usage import current_memory, readable_bytes
 
 
 class DryRun(BaseModel):
-    """A checked run. Sizes are bytes; `stream_bytes` is the size of the calibration activations.
+    """A checked run.
 
-    `finished_layers`: of the unfinished run that this run would resume.
+    `output_bytes`: of the checkpoint. `activation_file_bytes`: of files of activations that the work folder holds at
+    once. `stream_bytes`: of all calibration activations. `finished_layers`: of the unfinished run that this run would
+    resume.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -51,6 +54,7 @@ class DryRun(BaseModel):
     device: str
     dtype: str
     output_bytes: int
+    activation_file_bytes: int
     stream_bytes: int
     finished_layers: int
 
@@ -61,6 +65,7 @@ class DryRun(BaseModel):
     def rows(self) -> list[tuple[str, str]]:
         """Rows of the table that is shown: names and values."""
         finished = self.finished_layers
+        windows = f"{self.batch_size} window{'s' if self.batch_size > 1 else ''}"
         rebuilt = f"within each {self.granularity}, ratio {self.rebuild_ratio:g}" if self.granularity else "no"
         return [
             ("model", f"{self.model} ({self.architecture}, {self.layers} decoder layers)"),
@@ -71,8 +76,9 @@ class DryRun(BaseModel):
             ("rebuild", rebuilt),
             ("refining", self.refinement or "no"),
             ("calibration", f"{self.calibration}: {self.sequences} windows of {self.tokens} tokens"),
-            ("compute", f"{self.dtype} on {self.device}, {self.batch_size} windows at a time"),
+            ("compute", f"{self.dtype} on {self.device}, {windows} at a time"),
             ("output", readable_bytes(self.output_bytes)),
+            ("disk during the run", readable_bytes(self.output_bytes + self.activation_file_bytes)),
             ("calibration activations", readable_bytes(self.stream_bytes)),
             *([("goes on", f"after {finished} of {self.layers} layers, if their files are whole")] if finished else []),
         ]
@@ -93,6 +99,8 @@ def dry_run(config: PruneConfig | RebuildConfig, progress: Progress | None = Non
         prepared = PREPARE[config.command](config, progress, Ranks())
     prepared.warn_of_settings(progress)
     job, rebuilt = prepared.job, prepared.rebuild_settings
+    meanwhile = MOST_ACTIVATION_FILES * prepared.bytes_between_layers
+    check_output(config.output, config.overwrite, job.bytes, config.resume, meanwhile)
     if config.memory is not None:
         left_for_activations(config.memory, current_memory(), model_shapes(job.skeleton), prepared.recipe)
     lock = work_folder(config.output) / LOCK_NAME
@@ -125,6 +133,7 @@ def dry_run(config: PruneConfig | RebuildConfig, progress: Progress | None = Non
         device=str(job.skeleton.device),
         dtype=str(job.skeleton.dtype).removeprefix("torch."),
         output_bytes=job.bytes,
+        activation_file_bytes=meanwhile,
         stream_bytes=arrays * sequences * tokens * hidden * job.skeleton.dtype.itemsize,
         finished_layers=finished_layers if complete is None else job.layer_count,
     )

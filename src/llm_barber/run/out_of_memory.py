@@ -72,7 +72,8 @@ def with_smaller_batches(
             )
         streams.halve_batches()
         _empty_cache()
-        progress.warn(f"the device's memory is too small: {streams.batch_size} windows at a time from now on")
+        windows = f"{streams.batch_size} window{'s' if streams.batch_size > 1 else ''}"
+        progress.warn(f"the device's memory is too small: {windows} at a time from now on")
 
 
 def _needed_by_a_window(job: Job) -> tuple[int, int]:

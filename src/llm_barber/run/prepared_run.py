@@ -90,6 +90,13 @@ class PreparedRun:
             initial_granularity=self.initial_masks.granularity,
         )
 
+    @property
+    def bytes_between_layers(self) -> int:
+        """Bytes of a file of activations: the arrays that a layer starts from, of all processes."""
+        sequences, tokens = self.job.tokens.input_ids.shape
+        hidden: int = self.job.config.hidden_size
+        return self.recipe.durable * sequences * tokens * hidden * self.job.skeleton.dtype.itemsize
+
     @cached_property
     def movable_channels(self) -> list[list[MovableChannels]]:
         """Channels that may change places, by layer; [] if there are none."""

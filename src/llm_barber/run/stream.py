@@ -108,7 +108,8 @@ def _open_output(prepared: PreparedRun) -> Writer:
     kind = PackedWriter if config.format is Format.PACKED else CheckpointWriter
     shards = len(job.outside_shards) + len(job.steps)
     key, repeatable = resume_key(prepared), prepared.config.runs_what_it_writes
-    return kind(config.output, shards, config.overwrite, job.bytes, key, config.resume, repeatable)
+    activations = prepared.bytes_between_layers
+    return kind(config.output, shards, config.overwrite, job.bytes, key, config.resume, repeatable, activations)
 
 
 def _embed(

@@ -124,7 +124,7 @@ class CompareConfig(StructureSettings):
         (0,), min_length=1, description="Seeds of the choice of windows; several give mean and spread"
     )
     text: tuple[str, ...] | None = Field(
-        None, description="wikitext2, ptb or c4 (hub), or a file; repeatable (default: wikitext2)"
+        None, description="wikitext2, from the hub ptb or c4, or a file; repeatable (default: wikitext2)"
     )
     windows: int | None = Field(None, ge=1, description="Windows of each text (default: all)")
     text_seqlen: int = Field(2048, ge=2, description="Tokens a window of the texts")

@@ -24,7 +24,7 @@ class EvaluateConfig(StructureSettings):
     )
     text: tuple[str, ...] | None = Field(
         None,
-        description="wikitext2, ptb or c4 (hub), or a file; repeatable (default: wikitext2; with tasks none)",
+        description="wikitext2, from the hub ptb or c4, or a file; repeatable (default: wikitext2; with tasks none)",
     )
     windows: int | None = Field(None, ge=1, description="Windows of each text (default: all)")
     seqlen: int = Field(2048, ge=2, description="Tokens a window")

@@ -16,7 +16,7 @@ class InspectConfig(Settings):
     """
 
     model: str = Field(description="Folder, hub id (org/name[@revision]) or GGUF file")
-    dense: str | None = Field(None, description="Verify that kept weights equal this model's, bit for bit or rounded")
+    dense: str | None = Field(None, description="Dense model to compare kept weights with, bit for bit or rounded")
     revision: str | None = Field(None, description="Revision of `model`, if it is a hub id")
     dense_revision: str | None = Field(None, description="Revision of `dense`, if it is a hub id")
 
