@@ -216,6 +216,12 @@ def test_an_example_of_sparsities_is_read(tmp_path: Path) -> None:
     assert len(config.sparsities) == 3
 
 
+def test_the_quickstart_names_every_method() -> None:
+    page = (DOCS / "guide" / "quickstart.md").read_text(encoding="utf-8")
+    (methods,) = re.findall(r"`--initial (\S+)`, rebuilt", page)
+    assert sorted(methods.split(r"\|")) == sorted(Initial)
+
+
 def test_compare_has_the_rows_that_the_guide_says() -> None:
     text = words(DOCS / "guide" / "evaluate.md")
     assert [method.value for method in ROWS] == [

@@ -160,7 +160,7 @@ def test_help_is_short_and_has_an_example(
     assert usage.startswith("Usage: ")
     assert sentence[0].isupper()
     assert any(line.startswith(f"llm-barber {command}") for line in others)
-    assert len(others) < lines
+    assert len(others) < lines, "shorten a description"
 
 
 def test_every_setting_is_an_option() -> None:

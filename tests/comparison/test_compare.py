@@ -2,6 +2,7 @@ import csv
 import json
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,6 +21,7 @@ from llm_barber.masking.granularity import Granularity
 from llm_barber.progress import Silent
 from llm_barber.run import stream
 from llm_barber.settings.compare import CompareRow
+from llm_barber.settings.initial import METHOD_FACTS, Initial
 from llm_barber.usage import machine
 from tests.conftest import Listener, change_json, make_model, save_tokens
 from tests.helpers.tasks import QUESTIONS
@@ -528,3 +530,15 @@ def test_cells_of_little_text_are_those_of_its_windows_a_step(
         text = {"calibration": str(save_tokens(tmp_path / "tokens.safetensors", *shape))}
     config = CompareConfig(model="model", output=tmp_path / "out", methods=(method,), targets=("0.5",), **text)
     assert cell_key(config, next(plan_cells(config))).get("tune_windows") == windows
+
+
+@pytest.mark.parametrize("row", ["sparsegpt", "sparsegpt-updates", "sparsegpt-allocated"])
+def test_a_cell_depends_on_the_revision_of_its_method(row: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first revision has no part in the key: cells of before there were revisions count."""
+    config = CompareConfig(model="model", output="out", methods=(row,), targets=("0.5",))
+    (cell, *_) = plan_cells(config)
+    before = cell_key(config, cell)
+    facts = METHOD_FACTS[Initial.SPARSEGPT]
+    assert facts.revision == 1
+    monkeypatch.setitem(METHOD_FACTS, Initial.SPARSEGPT, replace(facts, revision=2))
+    assert cell_key(config, cell) == before | {"initial_revision": 2}

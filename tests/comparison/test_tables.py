@@ -3,10 +3,14 @@ import io
 
 import pytest
 
-from llm_barber.comparison.tables import perplexities, tables_by_target
+from llm_barber.comparison.tables import TITLES, perplexities, tables_by_target
 from llm_barber.comparison.written import comma_separated, markdown
 from llm_barber.settings.compare import CompareRow
 from tests.helpers.comparisons import make_cell, make_comparison
+
+
+def test_each_row_has_a_title() -> None:
+    assert set(TITLES) == set(CompareRow)
 
 
 def test_means_spreads_and_bests() -> None:

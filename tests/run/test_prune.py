@@ -14,13 +14,14 @@ from llm_barber.masking.pattern import Unstructured, parse_pattern
 from llm_barber.record.card import model_card
 from llm_barber.run.dry_run import dry_run
 from llm_barber.runtime.load import load
+from llm_barber.settings.initial import Initial
 from tests.conftest import FAMILIES, Listener, bits, load_model, make_model, read_folder, save_tokens
 from tests.helpers.prune_runs import is_linear, run
 from tests.helpers.shards import split_in_two_shards
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("initial", ["magnitude", "wanda", "sparsegpt", "ria", "dsnot"])
+@pytest.mark.parametrize("initial", Initial)
 def test_kept_weights_keep_their_bits(tmp_path: Path, tokens: Path, initial: str, dtype: torch.dtype) -> None:
     model = make_model(tmp_path / "dense", "llama", dtype)
     report = run(model, tmp_path / "out", tokens, initial=initial, rebuild_ratio=0.5, sparsity=0.6)
@@ -63,7 +64,7 @@ def test_dsnot_leaves_mlps_to_wanda(tmp_path: Path, llama: Path, tokens: Path, a
 @pytest.mark.parametrize("pattern", ["2:4", "1:4", "4:8", "16:32"])
 @pytest.mark.parametrize(
     ("initial", "granularity"),
-    [(initial, "block") for initial in ("magnitude", "wanda", "sparsegpt", "ria", "dsnot")] + [("wanda", "output")],
+    [(initial, "block") for initial in Initial] + [("wanda", "output")],
 )
 def test_patterns_hold_exactly(
     tmp_path: Path, llama: Path, tokens: Path, initial: str, pattern: str, granularity: str

@@ -17,6 +17,7 @@ from llm_barber.errors import OutputError
 from llm_barber.progress import Silent
 from llm_barber.run import stream as run_module
 from llm_barber.run.dry_run import DryRun, dry_run
+from llm_barber.settings.initial import Initial
 from tests.conftest import make_model
 from tests.helpers.resumed_runs import (
     MASK_ALONE,
@@ -145,7 +146,7 @@ def test_the_dense_stream_goes_through_a_finished_layer_in_the_same_batches(
     assert read_untimed_files(tmp_path / "out") == read_untimed_files(tmp_path / "whole")
 
 
-@pytest.mark.parametrize("initial", ["sparsegpt", "alps"])
+@pytest.mark.parametrize("initial", [method for method in Initial if method.has_updates])
 def test_layers_whose_output_cannot_be_made_again_are_pruned_again(
     tmp_path: Path, model: Path, tokens: Path, monkeypatch: pytest.MonkeyPatch, initial: str
 ) -> None:

@@ -3,6 +3,7 @@
 import os
 import shutil
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from llm_barber.errors import OutputError
 from llm_barber.model.gpu_kernels import REVISION
 from llm_barber.run.prepared_run import PreparedRun
 from llm_barber.run.resume_key import resume_key
+from llm_barber.settings.initial import METHOD_FACTS, Initial
 from llm_barber.settings.presets import REVISIONS, Preset
 from tests.conftest import make_model, save_tokens
 from tests.helpers.resumed_runs import record_pruned_layers
@@ -110,6 +112,10 @@ def test_refuses_what_it_cannot_go_on_with(
     with monkeypatch.context() as patch:
         patch.setitem(REVISIONS, Preset.PAPER, 0)
         with pytest.raises(OutputError, match=r"(?m)another revision of the methods$"):
+            run(model, out, tokens, resume=True)
+        patch.undo()
+        patch.setitem(METHOD_FACTS, Initial.WANDA, replace(METHOD_FACTS[Initial.WANDA], revision=2))
+        with pytest.raises(OutputError, match=r"(?m)another revision of the method wanda$"):
             run(model, out, tokens, resume=True)
     saved = shutil.copytree(model, tmp_path / "saved")
     make_model(model, "llama", num_hidden_layers=3, seed=4)

@@ -73,6 +73,8 @@ def cell_key(config: CompareConfig, cell: Cell) -> dict[str, Any]:
     # An allocated method has the allocation of the preset `mask`.
     preset = Preset.MASK if cell.method.allocated else cell.method.preset
     key = cell_settings(config, cell)
+    if cell.method.initial.revision > 1:
+        key["initial_revision"] = cell.method.initial.revision
     if preset is not None:
         key["revision"] = REVISIONS[preset]
         if PRESETS[preset].reorder and "pattern" in key:

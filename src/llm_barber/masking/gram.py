@@ -58,7 +58,7 @@ class GramMatrix(RunningSums):
 
     @property
     def mean(self) -> Tensor:
-        """H, float32 (in, in)."""
+        """H, twice the mean of a sequence's Σ x xᵀ, float32 (in, in)."""
         return mirror(self.total * (2 / self.sequences.item()))
 
 

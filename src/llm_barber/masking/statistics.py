@@ -56,7 +56,10 @@ class InputSquares(RunningSums):
 
 
 class InputMoments(RunningSums):
-    """Sums for the mean and the variance of each input channel (DSnoT, arXiv 2310.08915).
+    """Sums for DSnoT's mean and variance of each input channel (arXiv 2310.08915).
+
+    They are its released program's, not those over all tokens: `mean` is of sums over a sequence's tokens, `variance`
+    is within sequences.
 
     `update` takes inputs of shape (sequences, tokens, in); all properties are float32 of shape (in,).
     """

@@ -38,8 +38,21 @@ class PrunableLinear:
     in_mlp: bool = False
 
     def best(self, scores: Tensor) -> Tensor:
-        """Keep mask, bool (out, in), that keeps the highest scores, (out, in), of each comparison group."""
+        """Keep mask, bool (out, in), that keeps the highest scores, float32 (out, in), of each comparison group.
+
+        Raises:
+            TypeError: the scores have another shape or dtype.
+            NotFiniteError: a score is NaN; a GPU is not waited for to find out.
+        """
+        if scores.shape != self.weight.shape or scores.dtype != torch.float32:
+            raise TypeError(f"scores of {self.name} are {_described(scores)}, not float32 {tuple(self.weight.shape)}")
+        if scores.device.type == "cpu" and scores.isnan().any():
+            raise overflowed(f"a score of {self.name}")
         return initial_mask(scores, self.target, self.granularity)
+
+
+def _described(tensor: Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}"
 
 
 Pruned = tuple[Tensor, Tensor | None]  # keep mask, bool (out, in), and weights, (out, in); None: the dense ones
@@ -115,3 +128,24 @@ MASK_METHODS: dict[Initial, MaskMethod] = {
     Initial.SPARSEGPT: MaskMethod(_by_sparsegpt, GramMatrix, _with_factor),
     Initial.ALPS: MaskMethod(_by_alps, GramMatrix, _with_scaled_gram),
 }
+if lacking := set(Initial) - set(MASK_METHODS):
+    raise LookupError(f"MASK_METHODS lacks {', '.join(lacking)}")
+
+
+def prune_linear(method: Initial, linear: PrunableLinear, prepared: Any) -> Pruned:
+    """Prune a linear by a method, and check what the method returns.
+
+    Raises:
+        TypeError: it is no keep mask of the linear's shape, or there are weights although `METHOD_FACTS` says that the
+            method updates none, or the other way round.
+    """
+    keep, updated = MASK_METHODS[method].prune(linear, prepared)
+    shape = linear.weight.shape
+    if keep.dtype != torch.bool or keep.shape != shape:
+        raise TypeError(f"{method}: the keep mask of {linear.name} is {_described(keep)}, not bool {tuple(shape)}")
+    if (updated is not None) != method.has_updates:
+        returned = "no weights" if updated is None else "weights"
+        raise TypeError(f"{method} returned {returned}, but METHOD_FACTS has has_updates={method.has_updates}")
+    if updated is not None and updated.shape != shape:
+        raise TypeError(f"{method}: the weights of {linear.name} are {_described(updated)}, not {tuple(shape)}")
+    return keep, updated

@@ -16,14 +16,10 @@ class Statistic(Protocol):
     """A running statistic of a linear's inputs."""
 
     def update(self, inputs: Tensor) -> None:
-        """Add a batch, (sequences, tokens, in)."""
+        """Add a batch, (sequences, tokens, in); rows of zeros pad the inputs of experts."""
 
     def parts(self) -> list[Tensor]:
         """Sums that the processes add up."""
-
-    @property
-    def mean(self) -> Tensor:
-        """The statistic over all sequences."""
 
 
 AnyStatistic = TypeVar("AnyStatistic", bound=Statistic)

@@ -18,7 +18,7 @@ from llm_barber.masking.pattern import NofM, Pattern, group_pattern
 from llm_barber.masking.selection import apply_mask
 from llm_barber.method.few_tokens import linears_with_few_tokens, total_token_counts
 from llm_barber.method.initial_masks import prunes_layers
-from llm_barber.method.initial_methods import MASK_METHODS, PrunableLinear
+from llm_barber.method.initial_methods import MASK_METHODS, PrunableLinear, prune_linear
 from llm_barber.method.input_statistics import collect_inputs
 from llm_barber.method.pruned_linear import PrunedLinear
 from llm_barber.model.architecture import MLP
@@ -162,7 +162,7 @@ class MethodMasks:
                 prepared = None  # frees the matrices of the linears before
                 latest, prepared = statistic, method.prepare(statistic, message_name)
             linear = PrunableLinear(message_name, weight, targets[name], self.granularity, name in in_mlp)
-            keep, updated = method.prune(linear, prepared)
+            keep, updated = prune_linear(self.method, linear, prepared)
             values = updated = weight if updated is None else updated.to(weight.dtype)
             if self.method.has_updates:
                 values = torch.where(keep, updated, weight) if self.keep_updates else weight

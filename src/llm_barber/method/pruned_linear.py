@@ -14,7 +14,7 @@ from llm_barber.masking.selection import apply_mask
 class PrunedLinear:
     """A linear that is pruned; all tensors are (out, in).
 
-    `keep`: keep mask, bool. `weight`: pruned weights, zero where pruned; SparseGPT and ALPS update the kept ones.
+    `keep`: keep mask, bool. `weight`: pruned weights, zero where pruned; some methods update the kept ones.
     `values`: value of each weight if the final mask keeps it. `fixed`: True where a weight takes no part in the
     rebuild; None: nowhere. `few_tokens`: its expert was given so few tokens that the mask is magnitude's, or a
     checkpoint's, and stays; None: tokens are not counted yet.

@@ -75,7 +75,8 @@ def _prune(config: PruneConfig, progress: Progress, ranks: Ranks) -> RunReport:
     target = _target_sparsity(report, config.targets, prepared.job)
     if abs(report.sparsity - target) > 0.01 * target:
         progress.warn(
-            f"sparsity is {report.sparsity:.4g}, not {target:.4g}: comparison groups of this size cannot be split finer"
+            f"sparsity is {report.sparsity:.4g}, not {target:.4g}: comparison groups of this size cannot be split "
+            "finer, or the method prunes another number of weights"
         )
     return report
 

@@ -42,6 +42,9 @@ def resume_key(prepared: PreparedRun) -> dict[str, Any]:
         left_to_preset.discard("granularity")
     resolved = {name: value for name, value in prepared.resolved.items() if name in left_to_preset}
     revisions: dict[str, Any] = {"revision of the methods": REVISIONS if config.refines else REVISIONS[Preset.PAPER]}
+    initial = prepared.initial_masks.method
+    if initial is not None and initial.revision > 1:
+        revisions[f"revision of the method {initial}"] = initial.revision
     if prepared.refine_settings is not None and prepared.refine_settings.of_layers:
         revisions["revision of the held-out windows"] = JUDGE_REVISION
     if job.skeleton.device.type != "cpu":

@@ -38,6 +38,11 @@ class Initial(StrEnum):
         """True of methods with comparison groups of their own; `initial_granularity` is refused then."""
         return METHOD_FACTS[self].fixes_groups
 
+    @property
+    def revision(self) -> int:
+        """Number of the method's version: it is raised whenever masks or updated weights change."""
+        return METHOD_FACTS[self].revision
+
 
 @dataclass(frozen=True)
 class MethodFacts:
@@ -52,6 +57,7 @@ class MethodFacts:
     compares_in_linear: bool = False
     fixes_groups: bool = False
     has_updates: bool = False
+    revision: int = 1
 
 
 # RIA, DSnoT and ALPS have no released experiments with a rebuild: each has the numbers of the method that it resembles.
@@ -63,6 +69,8 @@ METHOD_FACTS: dict[Initial, MethodFacts] = {
     Initial.DSNOT: MethodFacts(Granularity.OUTPUT, 0.01),
     Initial.ALPS: MethodFacts(Granularity.LINEAR, 0.1, compares_in_linear=True, has_updates=True),
 }
+if lacking := set(Initial) - set(METHOD_FACTS):
+    raise LookupError(f"METHOD_FACTS lacks {', '.join(lacking)}")
 
 
 def rebuild_defaults(

@@ -200,8 +200,8 @@ class PruneConfig(RunSettings):
     def runs_what_it_writes(self) -> bool:
         """True if a finished layer's output is computed from the weights that are written.
 
-        False for the masks of SparseGPT and ALPS alone: activations go through their updated weights, while, without
-        `keep_updates`, the dense weights are written.
+        False for the masks alone of methods that update weights: activations go through the updated weights, while,
+        without `keep_updates`, the dense weights are written.
         """
         return not self.method.has_updates or self.keep_updates or self.rebuilds or self.refines
 
