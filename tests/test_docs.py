@@ -290,6 +290,6 @@ def test_families_are_those_of_the_tests() -> None:
     first_cells = re.findall(r"^\| ([^|]*`[^|]*)\|", page, re.MULTILINE)
     listed = {name for cell in first_cells for name in re.findall(r"`([\w-]+)`", cell)} - {"model_type"}
     tested = {make_config(family).model_type for family in FAMILIES}
-    assert listed == tested
+    assert listed == tested, "docs/reference/families.md: the table has the families of tests/conftest.py"
     assert f"{len(tested)} model types are tested, in {len(FAMILIES)} configurations" in words(FAMILIES_PAGE)
     assert f"{len(ARCHITECTURES)} of these have an entry" in page

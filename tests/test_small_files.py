@@ -130,6 +130,14 @@ def test_counts_that_models_have() -> None:
         check_counts(kimi, "kimi", [(10**9, 0, 64)] * 120)  # which hold nothing
 
 
+def test_experts_that_are_not_made_do_not_count() -> None:
+    doge = {"model_type": "doge", "num_hidden_layers": 32, "num_experts": 16384, "is_moe": False}
+    check_counts(doge, "doge", [(8, 8)] * 300)
+    for mixture in (doge | {"is_moe": True}, doge | {"model_type": "mixtral"}):
+        with pytest.raises(ModelError, match="times num_experts: 524,288, but its weights are 300 tensors"):
+            check_counts(mixture, "doge", [(8, 8)] * 300)
+
+
 @pytest.mark.parametrize(
     ("changes", "said"), [({"head_dim": 10**12}, "buffer"), ({"num_hidden_layers": 300}, "more than 1,000 modules")]
 )

@@ -11,8 +11,10 @@ from llm_barber import InspectConfig, PruneConfig, inspect, prune
 from llm_barber.errors import BarberError, ModelError, SettingsError
 from llm_barber.model.architecture import ARCHITECTURES
 from llm_barber.model.empty import empty_model
+from llm_barber.model.skeleton import Skeleton
 from llm_barber.model.structure import analyse, find_architecture, find_layers
-from tests.conftest import FOUND, KNOWN, LLAMA_LIKE, make_config, make_model, save_tokens
+from llm_barber.planning.description import structure_lines
+from tests.conftest import FOUND, KNOWN, LLAMA_LIKE, NOT_FOUND, make_config, make_model, save_tokens
 
 BLOCKS = "only: {output: mlp, linears: [mlp.up_proj, mlp.down_proj]}\n"
 
@@ -20,6 +22,10 @@ BLOCKS = "only: {output: mlp, linears: [mlp.up_proj, mlp.down_proj]}\n"
 @pytest.mark.parametrize("family", KNOWN)
 def test_what_is_found_is_what_the_record_says(family: str) -> None:
     config = make_config(family)
+    if family in NOT_FOUND:
+        with pytest.raises(ModelError):
+            analyse(config)
+        return
     analysed, record = analyse(config), ARCHITECTURES[config.model_type]
     assert (analysed.layers, analysed.transposed) == (record.layers, record.transposed)
     for layer in empty_model(config, torch.float32).get_submodule(record.layers):
@@ -49,6 +55,15 @@ EXPECTED = {
     "qwen3_5-whole": [{"linear attention": 3, "mlp": 3}, {"attention": 4, "mlp": 3}],
     "deepseek_v32": [{"attention": 5, "mlp": 3}, {"attention": 5, "mlp": 27}],
 }
+
+
+def test_a_plan_says_what_stays_dense() -> None:
+    config = make_config("mixtral")
+    architecture = find_architecture(config)
+    skeleton = Skeleton(config, architecture, torch.device("cpu"), torch.float32)
+    lines = structure_lines(skeleton, known=True)
+    assert lines[-1] == "stays dense: mlp.gate (4 × 32)"
+    assert "stays dense" not in " ".join(lines[:-1])
 
 
 @pytest.mark.parametrize("family", FOUND)
@@ -111,6 +126,16 @@ def test_what_layers_are_passed_may_not_depend_on_the_tokens(tmp_path: Path) -> 
         prune(PruneConfig(model=tmp_path / "dense", output=tmp_path / "out", calibration=tokens, dtype="float32"))
 
 
+def test_a_list_directly_beside_the_token_embedding_comes_first() -> None:
+    """Phi-4-multimodal has lists that see and hear beside it, one module deeper."""
+    model = empty_model(make_config("llama"), torch.float32)
+    model.model.images = nn.Module()
+    model.model.images.layers = nn.ModuleList(nn.Linear(128, 128) for _ in range(3))
+    assert find_layers(model) == "model.layers"
+    model.model.images.layers.extend(nn.Linear(128, 128) for _ in range(30))
+    assert find_layers(model) == "model.images.layers"  # much larger; refused later, since text does not reach it
+
+
 def test_several_lists_of_layers_are_ambiguous() -> None:
     model = nn.Module()
     model.encoder = nn.ModuleList([nn.Linear(4, 4) for _ in range(3)])
@@ -118,7 +143,7 @@ def test_several_lists_of_layers_are_ambiguous() -> None:
     model.small = nn.ModuleList([nn.Linear(2, 2)])
     with pytest.raises(ModelError, match="several lists of layers: encoder, decoder") as caught:
         find_layers(model)
-    assert "--layers" in caught.value.hint
+    assert caught.value.hint == "choose: --layers PATH; smaller lists are small"
     del model.encoder
     assert find_layers(model) == "decoder"
     with pytest.raises(ModelError, match="no list of layers"):

@@ -13,6 +13,7 @@ from llm_barber.errors import ModelError
 LAYERS = re.compile(r"(layers?|blocks?|depths?)$")
 EXPERTS = re.compile(r"experts?$")
 LABELS = re.compile(r"labels?$")
+OPTIONAL_MIXTURES = {"doge": "is_moe"}  # model types that make experts only if this setting is true
 # Limits for a configuration without weights: several times the counts of the largest models.
 MOST_LAYERS, MOST_EXPERTS, MOST_LABELS, MOST_EXPERTS_IN_LAYERS = 2**11, 2**14, 2**20, 2**17
 # With weights, allowances for parts of a model that a checkpoint leaves out, such as a vision tower, and for layers
@@ -42,7 +43,8 @@ def check_counts(configuration: Mapping[str, Any], model: str, shapes: Iterable[
         reason, hint = f"its weights are {len(shapes)} tensors", "config.json and the weights do not belong together"
     for section, settings in _sections(configuration):
         layers_name, layers = _largest(settings, LAYERS)
-        experts_name, experts = _largest(settings, EXPERTS)
+        is_mixture = settings.get(OPTIONAL_MIXTURES.get(str(settings.get("model_type")), ""), True)
+        experts_name, experts = _largest(settings if is_mixture else {}, EXPERTS)
         labels_name, labels = _largest(settings, LABELS)
         counts = (
             (layers_name, layers, layers_limit),

@@ -1,6 +1,6 @@
 """Records of model families: the path of the decoder layers, and the linears of each block.
 
-To add a family, add an entry to `ARCHITECTURES` and its name to the parity test (see CONTRIBUTING.md).
+To add a family, add an entry to `ARCHITECTURES`, and its smallest configuration to the tests (see CONTRIBUTING.md).
 """
 
 import re

@@ -66,8 +66,8 @@ def find_architecture(config: PreTrainedConfig, options: StructureOptions | None
         raise
     except Exception as error:  # models raise any error on odd settings
         raise ModelError(
-            f"architecture {config.model_type!r} is not known, and its structure was not found: {first_line(error)}",
-            f"{HOW_TO_DECIDE}; known are {', '.join(sorted(ARCHITECTURES))}",
+            f"the structure of {config.model_type!r} was not found: its layers fail with {first_line(error)}",
+            f"if transformers runs the model with this config.json: {HOW_TO_DECIDE}",
         ) from error
 
 
@@ -127,7 +127,8 @@ def _build(config: PreTrainedConfig) -> PreTrainedModel:
 def find_layers(model: nn.Module) -> str:
     """Find the path of the decoder layers: the outermost module list with the most parameters.
 
-    Lists beside the token embedding come first: other lists may process images.
+    Lists in the token embedding's module come first, directly in it before deeper ones: other lists may process images
+    or sound.
 
     Raises:
         ModelError: there is no such list, or there are several of similar size.
@@ -142,11 +143,14 @@ def find_layers(model: nn.Module) -> str:
         raise ModelError(f"{type(model).__name__} has no list of layers with linears", "only decoder models are pruned")
     prefix = language_model_prefix(model) if isinstance(model, PreTrainedModel) else ""
     outermost = {path: size for path, size in outermost.items() if path.startswith(prefix)} or outermost
-    largest = max(outermost.values())
-    rivals = [path for path, size in outermost.items() if size > RIVAL * largest]
+    least = RIVAL * max(outermost.values())
+    rivals = [path for path, size in outermost.items() if size > least]
+    rivals = [path for path in rivals if "." not in path.removeprefix(prefix)] or rivals
     if len(rivals) > 1:
+        others = [path for path in outermost if path not in rivals]
         raise ModelError(
-            f"{type(model).__name__} has several lists of layers: {', '.join(rivals)}", "choose: --layers PATH"
+            f"{type(model).__name__} has several lists of layers: {', '.join(rivals)}",
+            "choose: --layers PATH" + (f"; smaller lists are {', '.join(others)}" if others else ""),
         )
     return str(rivals[0])
 
@@ -169,8 +173,8 @@ def _blocks(skeleton: Skeleton, index: int, run: LayerRun, routers: set[str], wi
         linears = _linears(block, output, kind, width, run, routers)
         if linears and run.width(output) != width:
             raise ModelError(
-                f"layer {index}: {output} holds linears, and its output does not have the layer's {width} features",
-                HOW_TO_DECIDE,
+                f"layer {index}: {output} holds linears, and its output has not the {width} features of the states",
+                f"a model with several streams of states cannot be pruned; else: {HOW_TO_DECIDE}",
             )
         if linears:
             blocks.append((run.order[output], Block(kind, output, linears)))

@@ -1,6 +1,9 @@
 """A plan in words: where a model's decoder layers and linears are, and what the run does to them."""
 
+from collections.abc import Collection
 from dataclasses import replace
+
+from torch import nn
 
 from llm_barber.model.architecture import Block, kind_of
 from llm_barber.model.skeleton import Skeleton
@@ -8,7 +11,7 @@ from llm_barber.planning.recipe import Recipe
 
 
 def structure_lines(skeleton: Skeleton, known: bool) -> tuple[str, ...]:
-    """Describe the decoder layers and their blocks in lines; layers with the same blocks share lines.
+    """Describe the decoder layers, their blocks and what stays dense in lines; layers with the same blocks share lines.
 
     Args:
         skeleton: the empty model.
@@ -26,7 +29,19 @@ def structure_lines(skeleton: Skeleton, known: bool) -> tuple[str, ...]:
         for block in blocks:
             linears = ", ".join(name.removeprefix(f"{block.output}.") for name in block.linears)
             lines.append(f"{prefix}{block.name} ({block.output}): {linears}")
+        if dense := _dense_weights(skeleton.layers[layers[0]], {name for block in blocks for name in block.linears}):
+            lines.append(f"{prefix}stays dense: {', '.join(dense)}")
     return tuple(lines)
+
+
+def _dense_weights(layer: nn.Module, linears: Collection[str]) -> list[str]:
+    """Weights of a layer, of two dimensions or more, that are not pruned, with their shapes."""
+    dense = {}
+    for name, parameter in layer.named_parameters():
+        module = kind_of(name).removesuffix(".weight")
+        if parameter.dim() > 1 and module not in linears:
+            dense[module] = " × ".join(map(str, parameter.shape))
+    return [f"{name} ({shape})" for name, shape in dense.items()]
 
 
 def ranges(numbers: list[int]) -> str:
