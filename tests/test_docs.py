@@ -47,7 +47,7 @@ SOURCE = ROOT / "src" / "llm_barber"
 FOREIGN = {"--retain_reconstruction", "--weight_sparsity", "--reallocation"}  # options of other programs
 TORCHRUN = {"--nproc-per-node", "--nnodes", "--node-rank", "--master-addr", "--master-port"}
 PARTS = {"Guide", "Reference", "Method", "Results", "Notebook", "Project"}
-GPU = DOCS / "guide" / "gpu.md"
+GPU_CHECKS = DOCS / "reference" / "gpu-checks.md"
 TUNING, FAMILIES_PAGE = DOCS / "method" / "tuning.md", DOCS / "reference" / "families.md"
 
 
@@ -195,8 +195,8 @@ def test_defaults_are_what_pages_say() -> None:
     assert "(default: 0.5)" in (fields["sparsity"].description or "")
 
 
-def test_checks_of_selftest_and_their_bounds_are_what_the_guide_says() -> None:
-    page = GPU.read_text(encoding="utf-8")
+def test_checks_of_selftest_and_their_bounds_are_what_the_reference_says() -> None:
+    page = GPU_CHECKS.read_text(encoding="utf-8")
     checks = page[page.index("## What is checked") : page.index("## How far masks may differ")]
     assert re.findall(r"^\| `([\w-]+)` \|", checks, re.MULTILINE) == list(Check)
     bounds = page[page.index("## How far masks may differ") : page.index("## Planned")]
