@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from llm_barber.checkpoint.ahead import ReadAhead
 from llm_barber.checkpoint.companions import companions
 from llm_barber.checkpoint.hub import INDEX_NAME
-from llm_barber.checkpoint.locations import TensorInfo, sharded_by
+from llm_barber.checkpoint.locations import TensorInfo, split_by_bytes
 from llm_barber.checkpoint.memory import ordinary_memory
 from llm_barber.checkpoint.source import CheckpointSource
 from llm_barber.errors import HubError, ModelError
@@ -174,7 +174,7 @@ def test_companions_leave_weights_code_and_records_behind(llama: Path) -> None:
 
 def test_groups_of_bounded_size() -> None:
     sizes = {name: TensorInfo("f", (count,), "BF16") for name, count in {"a": 10, "b": 10, "c": 100, "d": 1}.items()}
-    assert list(sharded_by(sizes, sizes, 45)) == [["a", "b"], ["c"], ["d"]]
+    assert list(split_by_bytes(sizes, sizes, 45)) == [["a", "b"], ["c"], ["d"]]
 
 
 def test_index_nested_too_deeply(llama: Path) -> None:

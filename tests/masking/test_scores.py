@@ -4,9 +4,15 @@ import torch
 from llm_barber.masking.granularity import Granularity
 from llm_barber.masking.initial import initial_mask
 from llm_barber.masking.pattern import NofM, Unstructured
-from llm_barber.masking.scores import MARGIN, count_pruned, mask_from_scores, starting_scores
+from llm_barber.masking.scores import MARGIN, Scored, count_pruned, masks_from_scores, starting_scores
 
 SALIENCY = torch.tensor([[4.0, 1.0, 2.0, 1.0], [8.0, 8.0, 0.0, 0.0]])
+
+
+def mask_from_scores(
+    scores: torch.Tensor, keep: torch.Tensor, pruned: torch.Tensor, pattern: NofM | None
+) -> torch.Tensor:
+    return masks_from_scores([Scored(scores, keep, pruned, pattern)])[0]
 
 
 def test_scores_by_hand() -> None:

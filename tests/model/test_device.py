@@ -161,4 +161,4 @@ def test_free_memory_is_what_the_process_may_take(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (100, 200))
     monkeypatch.setattr("torch.cuda.memory_reserved", lambda _: 30)
     monkeypatch.setattr("torch.cuda.memory_allocated", lambda _: 20)
-    assert [free_device_memory(CUDA, limit) for limit in (None, 150, 60)] == [110, 110, 60]
+    assert [free_device_memory(CUDA, limit) for limit in (None, 150, 60, 10)] == [110, 110, 40, 0]

@@ -1,5 +1,6 @@
 """The analysis finds the structure of the record; ambiguous and unknown structures are refused."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -9,9 +10,10 @@ from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
 
 from llm_barber import InspectConfig, PruneConfig, inspect, prune
 from llm_barber.errors import BarberError, ModelError, SettingsError
-from llm_barber.model.architecture import ARCHITECTURES
+from llm_barber.model.architecture import ARCHITECTURES, Block
 from llm_barber.model.empty import empty_model
 from llm_barber.model.skeleton import Skeleton
+from llm_barber.model.stated_structure import check_blocks
 from llm_barber.model.structure import analyse, find_architecture, find_layers
 from llm_barber.planning.description import structure_lines
 from tests.conftest import FOUND, KNOWN, LLAMA_LIKE, NOT_FOUND, make_config, make_model, save_tokens
@@ -224,7 +226,7 @@ def test_a_user_decides(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_wrong_decisions_say_what_there_is(tmp_path: Path, options: dict[str, str], message: str) -> None:
+def test_a_wrong_structure_says_what_there_is(tmp_path: Path, options: dict[str, str], message: str) -> None:
     arguments: dict = {**options}
     if "blocks" in arguments:
         arguments["blocks"] = tmp_path / "blocks.yaml"
@@ -233,6 +235,16 @@ def test_wrong_decisions_say_what_there_is(tmp_path: Path, options: dict[str, st
         settings = PruneConfig(model="x", output=tmp_path / "out", **arguments)
         find_architecture(make_config("llama"), settings.structure)
     assert caught.value.hint
+
+
+@pytest.mark.parametrize("wrong", ["mlp.experts.*.proj", "mlp.exp.*.down_proj", "mlp.experts.*.nothing"])
+def test_a_part_of_a_name_does_not_stand_for_linears_of_experts(wrong: str) -> None:
+    """Otherwise they would silently stay dense."""
+    layers = empty_model(make_config("mixtral"), torch.float32).model.layers
+    right = ("mlp.experts.*.gate_proj", "mlp.experts.*.down_proj")
+    check_blocks((Block("mlp", "mlp", right),), layers)
+    with pytest.raises(SettingsError, match=f"no layer has a linear '{re.escape(wrong)}'"):
+        check_blocks((Block("mlp", "mlp", (*right, wrong)),), layers)
 
 
 def test_errors_of_models_that_cannot_be_built_are_told() -> None:

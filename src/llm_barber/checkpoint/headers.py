@@ -149,7 +149,7 @@ class OpenedShard:
 class LastShard:
     """The shard that was opened last, kept open until another is needed or `READ_OPEN` bytes were read.
 
-    `bytes`: read since it was opened; who reads adds to it.
+    `bytes`: number of bytes read since the shard was opened; the caller adds what it reads.
     """
 
     def __init__(self) -> None:

@@ -68,7 +68,7 @@ def shape_of(location: Location, shape: tuple[int, ...]) -> tuple[int, ...] | No
         return None
 
 
-def sharded_by(names: Iterable[str], tensors: Mapping[str, TensorInfo], limit: int) -> Iterator[list[str]]:
+def split_by_bytes(names: Iterable[str], tensors: Mapping[str, TensorInfo], limit: int) -> Iterator[list[str]]:
     """Split names into groups of at most `limit` bytes; a tensor larger than that is a group of its own."""
     group: list[str] = []
     total = 0

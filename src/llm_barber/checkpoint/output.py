@@ -89,10 +89,13 @@ def _check_room(output: Path, parent: Path, needed: int, activations: int) -> No
 
 
 def _present_bytes(partial: Path, resume: bool) -> tuple[int, int]:
-    """Bytes that files of a work folder already take: of the checkpoint, or to be freed; and of activations.
+    """Bytes of a work folder's files, for which the run needs no more room.
 
-    A resumed run keeps the finished shards: each stands for its unpacked bytes. It keeps the files of activations that
-    its state names. It deletes all other files, and any other run deletes all.
+    A resumed run keeps the finished shards, each of which stands for its unpacked bytes, and the files of activations
+    that its state names. It deletes all other files, and any other run deletes all.
+
+    Returns:
+        Bytes of finished shards and of files to delete; bytes of activations that are kept.
     """
     try:
         state = read_state(partial) if resume else None

@@ -43,8 +43,9 @@ class Shard(BaseModel):
 class Used(BaseModel):
     """Resources that the finished layers were computed with.
 
-    `peak_memory` and `peak_device_memory`: bytes. `batch_size`: sequences computed together. `off_device`: activations
-    had to leave the device, whose memory was too small. `written`: modification time of each file of the model, ns.
+    `peak_memory` and `peak_device_memory`: bytes. `batch_size`: sequences computed together. `machine`: the processor
+    or GPU (`usage.machine`). `off_device`: activations had to leave the device, whose memory was too small. `written`:
+    modification time of each file of the model, ns.
     """
 
     model_config = ConfigDict(frozen=True)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
 
-from llm_barber.checkpoint.locations import Location, sharded_by
+from llm_barber.checkpoint.locations import Location, split_by_bytes
 from llm_barber.checkpoint.source import CheckpointSource
 from llm_barber.errors import ModelError
 from llm_barber.loading.opening import layer_locations
@@ -60,7 +60,7 @@ class Job:
         """Names of the tensors outside the decoder layers, in groups that are written as one shard each."""
         inside = {name for names in self.steps for name in names}
         outside = [name for name in self.source.tensors if name not in inside]
-        return list(sharded_by(outside, self.source.tensors, OUTSIDE_SHARD_BYTES))
+        return list(split_by_bytes(outside, self.source.tensors, OUTSIDE_SHARD_BYTES))
 
     @cached_property
     def steps(self) -> list[list[str]]:

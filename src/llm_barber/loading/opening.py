@@ -43,7 +43,7 @@ def _check_layers(skeleton: Skeleton) -> None:
         raise ValueError(f"it chooses {chosen} experts for a token, of {experts}")
     if not len(skeleton.layers):
         raise ValueError("it has no decoder layers")
-    for name, other in skeleton.names_in_other_layers():
+    for name, other in skeleton.shared_parameters():
         raise ModelError(
             f"{skeleton.layers_prefix}{name} and {skeleton.layers_prefix}{other} are one weight",
             "models whose layers share weights cannot be pruned yet: open an issue that names it",

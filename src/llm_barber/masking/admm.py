@@ -25,8 +25,9 @@ FIRST_PENALTY = 0.1
 LARGEST_PENALTY = 1e6
 STEPS = 300
 STEPS_BETWEEN_PENALTIES = 3
-# (share, factor): the penalty grows by the first factor whose share of the kept weights changed; below the last share
-# the mask has settled. As in ALPS' released program, which uses the last share only from its 33rd step on.
+# (share, factor): weights whose mask changed are counted as a share of the kept weights. The penalty grows by the
+# factor of the first share here that they exceed; if they exceed none, the mask has settled. As in ALPS' released
+# program, which uses the last share only from its 33rd step on.
 GROWTH = ((0.1, 1.3), (0.005, 1.2), (0.0003, 1.1))
 SOLVING_STEPS = 10  # of conjugate gradient, for the values of the kept weights
 

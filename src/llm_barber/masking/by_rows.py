@@ -1,7 +1,8 @@
-"""Arithmetic in place on large matrices of more bits than what is added to them.
+"""Add matrices to a large sum of more bits, or multiply the sum by them, in place.
 
-A CPU converts the other matrix in a temporary array. A few rows at a time, that array stays in its cache. On a GPU an
-operation converts as it reads, so that matrices are taken whole, and scales stay there: nothing waits for the device.
+Example: bfloat16 gradients are added to a float32 sum. A CPU converts them in a temporary array, which stays in its
+cache if it has only a few rows. A GPU converts as it reads: it takes whole matrices. Scales stay on the GPU, so that
+nothing waits for it.
 """
 
 from collections.abc import Iterator, Sequence

@@ -19,19 +19,18 @@ def wanda(weight: Tensor, input_squares: Tensor) -> Tensor:
     return weight.float().abs() * input_squares.sqrt()
 
 
-def relative_importance(weight: Tensor, input_squares: Tensor, exponent: float = 0.5) -> Tensor:
-    """S = (|W| / sum of |W| in its column + |W| / sum of |W| in its row) · ‖X‖₂ᵃ (RIA, ICLR 2024).
+def relative_importance(weight: Tensor, input_squares: Tensor) -> Tensor:
+    """S = (|W| / sum of |W| in its column + |W| / sum of |W| in its row) · ‖X‖₂^0.5 (RIA, ICLR 2024).
 
     Args:
         weight: (out, in).
         input_squares: (in,), float32, the mean squared norm of each input channel.
-        exponent: a.
     """
     size = weight.float().abs()
     # The weights of a row or column of zeros score 0.
     tiny = torch.finfo(torch.float32).tiny
     relative = size / size.sum(0).clamp_min(tiny) + size / size.sum(1, keepdim=True).clamp_min(tiny)
-    return relative * input_squares.sqrt().pow(exponent)
+    return relative * input_squares.sqrt().pow(0.5)
 
 
 def weight_gradient(weight: Tensor, gradient_squares: Tensor) -> Tensor:

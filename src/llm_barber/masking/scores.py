@@ -33,7 +33,7 @@ def starting_scores(keep: Tensor, saliency: Tensor, pattern: NofM | None, fixed:
         fixed: bool, (out, in), True where a kept weight has to stay.
 
     Returns:
-        float32, (out, in), infinite where fixed; the mean of a row is about 1.
+        float32, (out, in), infinite where a kept weight is fixed; the mean of a row is about 1.
     """
     scores = saliency / saliency.mean(1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
     stays = torch.zeros_like(keep) if fixed is None else fixed & keep
@@ -64,26 +64,14 @@ def _groups(tensor: Tensor, pattern: NofM | None) -> Tensor:
     return tensor.unsqueeze(1) if pattern is None else by_pattern_group(tensor, pattern)
 
 
-def mask_from_scores(scores: Tensor, keep: Tensor, pruned: Tensor, pattern: NofM | None) -> Tensor:
-    """Mask that scores define: the lowest of each group are pruned, equal scores from the left.
-
-    Args:
-        scores: float32, (out, in).
-        keep: bool, (out, in), the previous mask; with N:M the tails of its rows stay as they are.
-        pruned: number of weights to prune in each row or group of M, int64 (out, groups); see `count_pruned`.
-        pattern: the mask's N:M, if it has one.
-
-    Returns:
-        bool, (out, in), True survives.
-    """
-    return masks_from_scores([Scored(scores, keep, pruned, pattern)])[0]
-
-
 @dataclass(frozen=True)
 class Scored:
-    """A linear whose mask follows from scores; the fields are the arguments of `mask_from_scores`.
+    """A linear whose mask follows from scores.
 
-    `runs`: `equal_runs` of the numbers to prune in each row; None: they are not known, or the mask is of N:M.
+    `scores`: float32, (out, in). `keep`: bool, (out, in), the previous mask; with N:M the tails of its rows stay as
+    they are. `pruned`: number of weights to prune in each row or group of M, int64 (out, groups), as of `count_pruned`.
+    `pattern`: the mask's N:M, if it has one. `runs`: `equal_runs` of the numbers to prune in each row; None: they are
+    not known, or the mask is of N:M.
     """
 
     scores: Tensor
@@ -94,7 +82,11 @@ class Scored:
 
 
 def masks_from_scores(linears: Sequence[Scored]) -> list[Tensor]:
-    """`mask_from_scores` of several linears; a GPU is waited for at most once, for ties in rows."""
+    """Masks that scores define, bool (out, in), True survives, one for each linear.
+
+    The lowest scores of each row or group of M are pruned, equal scores from the left. A GPU is waited for at most
+    once, for ties in rows.
+    """
     by_row = [linear for linear in linears if linear.pattern is None]
     counts, runs = [linear.pruned[:, 0] for linear in by_row], [linear.runs for linear in by_row]
     of_rows = iter(lowest_of_each([linear.scores for linear in by_row], counts, runs))

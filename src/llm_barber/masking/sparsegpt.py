@@ -28,7 +28,7 @@ def sparsegpt(
 
     Args:
         weight: (out, in), any float dtype.
-        gram: (in, in), float32, see `statistics.GramMatrix`.
+        gram: (in, in), float32, see `gram.GramMatrix`.
         pattern: unstructured sparsity holds in every block of columns, or over the linear; N:M in every whole group.
         damping: share of the mean diagonal that is added to the diagonal; grows tenfold while the matrix is not
             positive definite.

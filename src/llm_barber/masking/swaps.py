@@ -20,7 +20,8 @@ from llm_barber.masking.pattern import NofM
 
 # A gain smaller than this share of the row's error is rounding.
 SMALLEST_GAIN = 1e-6
-# Number of weights to grow, and of weights to drop, in a working set; with N:M it has groups of as many weights in all.
+# Number of weights to grow, and of weights to drop, in a working set. With N:M it has whole groups of M, of about
+# 2 · WORKING_SET weights together.
 WORKING_SET = 32
 SWAPS_A_ROUND = 16
 # Rows are swapped in parts of this many weights, so that a round's data stays in a processor's cache; a GPU needs more

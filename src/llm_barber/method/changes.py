@@ -1,7 +1,8 @@
 """Changes of the kept weights of a stack of linears, which Adam tunes (`tuned_parameters.py`).
 
-A value is W + r · c · Δ, with Δ the change and r · c the size of its step, of a row and of a column. C computes it in
-one pass on a CPU, where the extension was built; elsewhere PyTorch's operations do. The bits are the same.
+A value is W + r · c · Δ. Δ is the change; its step size is r · c, a factor of the row times a factor of the column. C
+computes the value in one pass on a CPU, where the extension was built; elsewhere PyTorch's operations do. The bits are
+the same.
 """
 
 import torch
@@ -17,8 +18,8 @@ class Changes:
 
     Args:
         values: of n linears, (n · out, in).
-        row_steps: sizes of steps by row, float32, (n, out, 1).
-        column_steps: … and by column, float32, (n, in).
+        row_steps: factors of the step sizes by row, float32, (n, out, 1).
+        column_steps: factors of the step sizes by column, float32, (n, in).
 
     Attributes:
         parameter: the changes, float32, (n · out, in), a leaf for Adam.

@@ -42,9 +42,15 @@ class Distance:
     def errors(self, target: Tensor, differences: "Squares") -> Tensor:
         """Mean distance over tokens and channels of each sequence, in which huge tokens count for less.
 
-        Takes the target, (sequences, tokens, hidden), and the squares by which an output differs from it (the method
-        `differences`); returns float32 (sequences,). A token whose target's square exceeds
-        `HUGE_TOKEN` times that of its sequence's median token counts as if it were that large.
+        A token whose target's square exceeds `HUGE_TOKEN` times that of its sequence's median token counts as if it
+        were that large.
+
+        Args:
+            target: (sequences, tokens, hidden).
+            differences: squares by which an output differs from the target (the method `differences`).
+
+        Returns:
+            float32, (sequences,).
         """
         return (differences.by_token * self._token_weights(target)).sum(1) / target[0].numel()
 

@@ -118,11 +118,9 @@ def _refine(
     for batches in streams.split():
         moments = TargetMoments(weight.shape[1], streams.device, crossed=settings.target_mix > 0)
         for batch in batches:
-            inputs, *dense_inputs = (
-                layer.inputs_of([name], streams.read(stream + HIDDEN, batch), {})[name]
-                for stream in ("", *([DENSE] if settings.target_mix else []))
-            )
-            moments.update(inputs, dense_inputs[0] if dense_inputs else None)
+            prefixes = ("", DENSE) if settings.target_mix else ("",)
+            inputs = [layer.inputs_of([name], streams.read(prefix + HIDDEN, batch), {})[name] for prefix in prefixes]
+            moments.update(inputs[0], inputs[1] if settings.target_mix else None)
         streams.ranks.add(moments)
         objectives.append(Objective.of(moments, settings.target_mix))
     training, held_out = objectives

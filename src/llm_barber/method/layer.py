@@ -89,8 +89,8 @@ class _OpenLayer:
     """A decoder layer while it is pruned.
 
     `weights`: dense weights of all its prunable linears, (out, in). `linears`: the linears that are pruned, as they are
-    so far. `blocks`: with these linears alone; a block may have none. `target`: the array `TARGET` has the layer's
-    dense output.
+    so far. `blocks`: with these linears alone; a block may have none. `has_target`: the array `TARGET` has the layer's
+    dense output already.
     """
 
     index: int
@@ -98,7 +98,7 @@ class _OpenLayer:
     weights: dict[str, Tensor]
     linears: dict[str, PrunedLinear]
     blocks: tuple[Block, ...]
-    target: bool = False
+    has_target: bool = False
 
     @property
     def dense(self) -> dict[str, Tensor]:
@@ -128,7 +128,7 @@ def _choose_initial_masks(
     linears = initial_masks(index, layer, weights, streams, TARGET if takes_target else None)
     layer.select(linears)
     blocks = select_linears(job.skeleton.blocks[index], linears)
-    return _OpenLayer(index, layer, weights, linears, blocks, target=takes_target and initial_masks.runs_layers)
+    return _OpenLayer(index, layer, weights, linears, blocks, has_target=takes_target and initial_masks.runs_layers)
 
 
 def _prune_blocks(
@@ -210,7 +210,7 @@ def _tune(
     Errors of blocks that were `rebuilt` are means over all windows, as their errors before are.
     """
     layer, dense = opened.layer, opened.dense
-    distance = write_targets(layer, None if opened.target else dense, settings.target_mix, streams)
+    distance = write_targets(layer, None if opened.has_target else dense, settings.target_mix, streams)
     tuned = tune_layer(layer, opened.linears, distance, settings, streams, f"layer {opened.index}")
     opened.linears = tuned.linears
     windows = list(streams.batches()) if rebuilt else measured_windows(settings, streams)

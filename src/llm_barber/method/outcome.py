@@ -50,7 +50,7 @@ class BlockOutcome:
     def refined(
         self, initial_linears: Mapping[str, PrunedLinear], linears: dict[str, PrunedLinear], rejected: bool
     ) -> "BlockOutcome":
-        """The block after its linears, which had the masks `initial` at first, were refined one by one."""
+        """The block after its linears were refined one by one; `initial_linears` have the initial masks."""
         initial_keeps = {name: linear.keep for name, linear in initial_linears.items()}
         return replace(self, linears=linears, masks=self._masks_since(initial_keeps, linears), rejected=rejected)
 

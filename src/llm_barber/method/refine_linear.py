@@ -17,8 +17,8 @@ from llm_barber.masking.swaps import swap_pairs
 from llm_barber.method.pruned_linear import PrunedLinear
 from llm_barber.settings.refining import RefineSettings
 
-# Held-out windows measure each row's error after these shares of the most swaps.
-CHECKPOINTS = (0.25, 0.5, 1.0)
+# Shares of the most swaps after which a stage ends: there, held-out windows measure each row's error.
+STAGE_ENDS = (0.25, 0.5, 1.0)
 # From strong to weak: each damping starts from the solution of the one before, until the held-out error rises.
 DAMPINGS = (0.3, 0.1, 0.03, 0.01)
 STEPS_A_DAMPING = 10
@@ -62,7 +62,7 @@ def swap_stages(swaps: int, guarded: bool) -> tuple[int, ...]:
         return ()
     if not guarded:
         return (swaps,)
-    ends = [math.ceil(share * swaps) for share in CHECKPOINTS]
+    ends = [math.ceil(share * swaps) for share in STAGE_ENDS]
     return tuple(end - start for start, end in pairwise([0, *ends]) if end > start)
 
 

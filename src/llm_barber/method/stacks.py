@@ -57,7 +57,9 @@ class Stack:
 
 
 def stack_linears(linears: Mapping[str, PrunedLinear], experts: Iterable[str]) -> list[Stack]:
-    """Stack the linears of experts that have the same place, shape and pattern; others are stacks of their own.
+    """Stack linears of a mixture's experts; other linears are stacks of their own.
+
+    Stacked linears have the same name in their expert (`down_proj`), the same shape and the same pattern.
 
     Args:
         linears: by name; stacks of several linears copy their tensors.
@@ -66,8 +68,8 @@ def stack_linears(linears: Mapping[str, PrunedLinear], experts: Iterable[str]) -
     mixtures, alike = set(experts), dict[tuple[object, ...], list[str]]()
     for name, linear in linears.items():
         mixture, weight = mixture_of(name), linear.weight
-        place = name.rpartition(".")[2] if mixture in mixtures and is_stacked(weight) else name
-        alike.setdefault((mixture, place, weight.shape, linear.pattern), []).append(name)
+        name_in_expert = name.rpartition(".")[2] if mixture in mixtures and is_stacked(weight) else name
+        alike.setdefault((mixture, name_in_expert, weight.shape, linear.pattern), []).append(name)
     return [_stack(names, [linears[name] for name in names]) for names in alike.values()]
 
 
@@ -87,5 +89,5 @@ def _stack(names: list[str], linears: list[PrunedLinear]) -> Stack:
         values=torch.cat([linear.values for linear in linears]),
         fixed=None if fixed is None else torch.cat(fixed),
     )
-    place = names[0].rpartition(".")[2]
-    return Stack(f"{mixture_of(names[0])}.*.{place}", tuple(names), joined)
+    name_in_expert = names[0].rpartition(".")[2]
+    return Stack(f"{mixture_of(names[0])}.*.{name_in_expert}", tuple(names), joined)

@@ -36,7 +36,8 @@ class TunedParameters:
 
     def __init__(self, layer: DecoderLayer, pruned: Linears, settings: RefineSettings, streams: ActivationStreams):
         linears, squares = _collect_squares(layer, pruned, streams)
-        stacks = stack_linears({name: each for name, each in linears.items() if not each.few_tokens}, layer.experts)
+        tuned = {name: linear for name, linear in linears.items() if not linear.few_tokens}
+        stacks = stack_linears(tuned, layer.experts)
         self._frozen = {name: linear for name, linear in linears.items() if linear.few_tokens}
         self._frozen_weights = {name: linear.weight.to(layer.dtype) for name, linear in self._frozen.items()}
         self._stacks = {stack.name: stack for stack in stacks}
@@ -93,7 +94,7 @@ class TunedParameters:
         return {
             name: stack.join(by_linear)
             for name, stack in self._stacks.items()
-            if any(of_linear in by_linear for of_linear in stack.names)
+            if any(linear_name in by_linear for linear_name in stack.names)
         }
 
     def by_linear(self, stacked: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -117,8 +118,8 @@ class TunedParameters:
             if changes is not None:
                 changes.set_gradient(gradient, linear.free)
             if name in self._scores:
-                by_values = multiply if changes is None else changes.multiply
-                self._scores[name].grad = by_values(gradient, linear.values)
+                multiply_by_values = multiply if changes is None else changes.multiply
+                self._scores[name].grad = multiply_by_values(gradient, linear.values)
 
     def update_masks(self) -> None:
         """Make the masks from the scores, after a step of Adam."""

@@ -220,8 +220,7 @@ class _Heads:
     def _large(self, queries: Tensor, block: slice) -> Tensor:
         """Score near the largest of each query: the maximum over its own key and every eighth earlier key."""
         sampled = self.keys[:, : max(block.start, 1) : KEY_STEP]
-        with_own_key = self.apart(queries) * torch.unflatten(self.keys[:, block], 0, self.queries.shape[:2]).unsqueeze(
-            2
-        )
+        block_keys = torch.unflatten(self.keys[:, block], 0, self.queries.shape[:2]).unsqueeze(2)
+        with_own_key = (self.apart(queries) * block_keys).sum(-1)
         earlier = torch.bmm(queries, sampled.transpose(1, 2)).amax(-1, keepdim=True)
-        return torch.maximum(with_own_key.sum(-1).view(earlier.shape), earlier)
+        return torch.maximum(with_own_key.view(earlier.shape), earlier)

@@ -97,7 +97,7 @@ class Copies:
             array: (sequences, …), in host memory.
             batch: the sequences, without gaps.
         """
-        following = self._following(name, batch, len(array))
+        following = self._note_and_guess_next(name, batch, len(array))
         self.settle(name, batch, following)
         rows, copied = self._coming.pop(name, (None, None))
         if copied is None or rows != batch:
@@ -106,8 +106,8 @@ class Copies:
             self._coming[name] = following, self._copier.start(array[following])
         return self._copier.wait(copied)
 
-    def _following(self, name: str, batch: slice, count: int) -> slice:
-        """Guess the batch that follows `batch`, of an array with `count` sequences; note the batch."""
+    def _note_and_guess_next(self, name: str, batch: slice, count: int) -> slice:
+        """Note that `batch` is read, and guess the batch that follows it in an array of `count` sequences."""
         size = batch.stop - batch.start
         latest, distance = self._latest.get(name, (slice(0, 0), 0))
         if size != latest.stop - latest.start:

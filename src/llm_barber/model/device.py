@@ -105,12 +105,17 @@ def resolve_batch_size(limit: int | None, seqlen: int, sequences: int, device: t
 
 
 def free_device_memory(device: torch.device, limit: int | None) -> int:
-    """Bytes of a CUDA device that this process can take, at most `limit`."""
+    """Bytes of a CUDA device that this process can take, beside those that it has allocated.
+
+    Args:
+        device: the device.
+        limit: most bytes that the process may allocate in all; None: all of the device's.
+    """
     free, _ = torch.cuda.mem_get_info(device)
-    free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(
-        device
-    )  # reserved by earlier runs, and reusable
-    return free if limit is None else min(free, limit)
+    # Memory that PyTorch has reserved and does not use, for example after an earlier run, is free as well.
+    allocated = torch.cuda.memory_allocated(device)
+    free += torch.cuda.memory_reserved(device) - allocated
+    return free if limit is None else max(0, min(free, limit - allocated))
 
 
 def fitting_batch(

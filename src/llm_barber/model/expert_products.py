@@ -18,9 +18,9 @@ from llm_barber.model.routes import Bucket, Layout, Routes
 # reading it takes 10 µs at 3 TB/s. Copying it into a stack would only cost time.
 LARGE_WEIGHT = 2**24
 GROUPED_ALIGNMENT = 16  # bytes that divide the strides of what `grouped_mm` takes
-# Compute capabilities, without the minor number, whose kernel is taken. PyTorch has one for 10, too, but its gradient
-# by the weight of an expert without tokens is not zero, at least before torch 2.13 (pytorch/pytorch#172439). The
-# program takes no such gradient any more; nobody has run that kernel here.
+# Compute capabilities, without the minor number, whose kernel is taken. PyTorch's kernel for 10 is left out: it is not
+# tested here. (Before torch 2.13 its gradient by the weight of an expert without tokens is not zero,
+# pytorch/pytorch#172439.)
 GROUPED_GPUS = (9,)
 
 

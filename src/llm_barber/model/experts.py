@@ -62,20 +62,27 @@ class Experts(nn.ModuleList):
 
     Attributes:
         sequences: number of sequences of the next call; its tokens are whole sequences, one after the other.
-        tokens: number of tokens that each expert got since the layer was loaded, int64 (experts,).
+        tokens: number of tokens that each expert got since `DecoderLayer.forget_tokens`, int64 (experts,).
+        transposed: the 3-D parameters are (experts, in, out).
+        first_linear: name of the 3-D parameter in front of the activation: `gate_up_proj` or `up_proj`.
+        separate: `gate_proj` and `up_proj` are linears of their own.
+        biased: the linears have biases.
+        inner: number of inner channels of an expert.
+        combine: takes a function of a linear's name and inputs, and the inputs, (rows, hidden); returns the inputs of
+            `down_proj`, (rows, inner).
     """
 
     combine: Callable[[Linear, Tensor], Tensor]
 
     def __init__(self, fused: nn.Module) -> None:
         self.transposed = bool(getattr(fused, "is_transposed", False))
-        self.first = UP if UP in fused._parameters else GATE_UP
-        first, down = fused.get_parameter(self.first), fused.get_parameter(DOWN)
+        self.first_linear = UP if UP in fused._parameters else GATE_UP
+        first, down = fused.get_parameter(self.first_linear), fused.get_parameter(DOWN)
         hidden, inner = down.shape[1:] if not self.transposed else down.shape[:0:-1]
         rows = first.shape[2 if self.transposed else 1]
         bias = f"{DOWN}{BIAS}" in fused._parameters
-        self.separate = self.first == GATE_UP and not self.transposed and not bias
-        shapes = {self.first: (rows, hidden), DOWN: (hidden, inner)}
+        self.separate = self.first_linear == GATE_UP and not self.transposed and not bias
+        shapes = {self.first_linear: (rows, hidden), DOWN: (hidden, inner)}
         if self.separate:
             shapes = {GATE: (inner, hidden), UP: (inner, hidden), DOWN: (hidden, inner)}
         super().__init__(_expert(shapes, bias, first) for _ in range(len(down)))
@@ -83,7 +90,7 @@ class Experts(nn.ModuleList):
         self._shapes = list(shapes.values())
         self.biased = bias
         # Set as a submodule, it would be one more expert.
-        self.__dict__["combine"] = _combine(fused, self.first == GATE_UP, self.separate)
+        self.__dict__["combine"] = _combine(fused, self.first_linear == GATE_UP, self.separate)
         self.sequences = 1
         self.tokens = torch.zeros(len(down), dtype=torch.int64, device="cpu")  # parameters may be on meta
         self._routes: tuple[Tensor, Tensor] | None = None

@@ -87,8 +87,9 @@ def _may_be_gated(module: nn.Module, linears: dict[str, nn.Linear]) -> bool:
     """Test for a module of two or three linears, without other parameters or buffers, that takes one tensor."""
     if len(linears) not in (2, 3) or any(True for _ in module.buffers()):
         return False
-    own = sum(1 for _ in module.parameters()) == sum(1 for linear in linears.values() for _ in linear.parameters())
-    return own and len(inspect.signature(module.forward).parameters) == 1
+    linears_have = sum(1 for linear in linears.values() for _ in linear.parameters())
+    has_no_others = sum(1 for _ in module.parameters()) == linears_have
+    return has_no_others and len(inspect.signature(module.forward).parameters) == 1
 
 
 def _settings(module: nn.Module) -> list[object]:
@@ -147,7 +148,7 @@ def _forward(module: nn.Module, roles: Roles, *arguments: Tensor, **named: Tenso
 
 def _one_operation(experts: Experts) -> Combine | None:
     """Find what combines gate and up in one operation, with the experts' bits on the CPU for random outputs of both."""
-    if experts.first != GATE_UP:
+    if experts.first_linear != GATE_UP:
         return None
     tried = [(dtype, size) for dtype in DTYPES for size in SIZES[dtype]]
     for activation in ACTIVATIONS:

@@ -32,7 +32,7 @@ REDUCTIONS = ("allow_bf16_reduced_precision_reduction", "allow_fp16_reduced_prec
 
 @contextmanager
 def same_kernels() -> Iterator[None]:
-    """Set what the module's first lines name, within the context."""
+    """Fix PyTorch's choice of CUDA kernels within the context: the four settings of the module's docstring."""
     cuda: Any = torch.backends.cuda
     with ExitStack() as stack:
         stack.callback(cuda.enable_cudnn_sdp, cuda.cudnn_sdp_enabled())

@@ -177,7 +177,7 @@ class LayerHooks:
     def replayed(self, replays: Mapping[str, Tensor]) -> Iterator[None]:
         """Let modules return kept outputs, (sequences, tokens, hidden) by path, instead of computing them."""
         modules = [self._module.get_submodule(path) for path in replays]
-        before = [vars(module).get("forward") for module in modules]  # of a norm, on a GPU
+        before = [vars(module).get("forward") for module in modules]  # set by `fused_*.py`, on a GPU
         for module, (path, output) in zip(modules, replays.items(), strict=True):
             tensor = output.flatten(0, 1) if self._flattened[path] else output
             tail = self._output_tail[path]

@@ -18,11 +18,11 @@ FEWEST_ROWS = 16
 
 @dataclass(frozen=True)
 class Bucket:
-    """Experts that are computed together: consecutive rows of a layout, (experts · sequences · rows, features).
+    """Experts that are computed together; their rows, (rows, features), follow each other in a layout.
 
-    `experts`: their numbers. `ends`: None where every sequence of an expert has as many rows as any other, zeros being
-    padded. Otherwise nothing is padded, the rows belong to one expert after the other, and `ends`, int32 (experts,), is
-    the row after each expert's last.
+    `experts`: their numbers. `rows`: number of rows of all these experts, padding included. `ends`: int32 (experts,),
+    the row after each expert's last row; nothing is padded then. None: every sequence of every expert of the bucket has
+    the same number of rows, padded with zeros.
     """
 
     experts: tuple[int, ...]

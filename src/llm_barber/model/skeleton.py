@@ -75,8 +75,8 @@ class Skeleton:
     def outside_names(self) -> list[str]:
         """Names of the parameters outside the decoder layers that embed text.
 
-        They are the parameters beside the embedding and others that the forward uses. Parameters of the output head
-        are left out, unless it is tied to the embedding.
+        They are all parameters in the module that holds the token embedding, and others that the forward uses before
+        the last layer. Parameters of the output head are left out, unless the head is tied to the embedding.
         """
         head = self._parameters_of_head
         embedding = {id(parameter) for parameter in self.model.get_input_embeddings().parameters()}
@@ -147,18 +147,18 @@ class Skeleton:
         """Prunable linears of a layer, block after block."""
         return tuple(name for block in self.blocks[index] for name in block.linears)
 
-    def names_in_other_layers(self) -> list[tuple[str, str]]:
-        """Shared parameters of layers, each with its first name.
+    def shared_parameters(self) -> list[tuple[str, str]]:
+        """Further names of parameters that several modules share, each with the parameter's first name.
 
-        Such a parameter belongs to modules of several layers, or to several modules of one layer. A linear that one
-        layer uses under several names is a single module, and left out.
+        The modules are in several layers or in one; names are inside the list of layers. A linear that one layer uses
+        under several names is a single module, and left out.
         """
         first = {id(parameter): name for name, parameter in self.layers.named_parameters()}
         shared = []
         for name, parameter in self.layers.named_parameters(remove_duplicate=False):
             path, first_path = name.rpartition(".")[0], first[id(parameter)].rpartition(".")[0]
-            is_first_list = self.layers.get_submodule(path) is self.layers.get_submodule(first_path)
-            if not is_first_list or path.partition(".")[0] != first_path.partition(".")[0]:
+            is_same_module = self.layers.get_submodule(path) is self.layers.get_submodule(first_path)
+            if not is_same_module or path.partition(".")[0] != first_path.partition(".")[0]:
                 shared.append((name, first[id(parameter)]))
         return shared
 

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from llm_barber.errors import ModelError
 
 Arguments = dict[str, Any]
-TOKENS = 8  # in the sequence of a trial
+TRIAL_TOKENS = 8  # in the sequence of a trial
 # Numbers of values that layers may return after the states; None: they return the states alone.
 TAILS: tuple[int | None, ...] = (None, 1, 0, 2, 3, 4, 5, 6, 7)
 HINT = "such models cannot be pruned yet: open an issue that names it"
@@ -76,7 +76,7 @@ def find_stepping(model: PreTrainedModel, layers: nn.ModuleList, device: torch.d
         ModelError: no form works; or a layer is called again, or out of order, or its arguments depend on the tokens.
     """
     # Falling token ids, so that an embedding of positions is not taken for the embedding of tokens.
-    tokens = (torch.arange(TOKENS, 0, -1) % model.get_input_embeddings().weight.shape[0]).unsqueeze(0)
+    tokens = (torch.arange(TRIAL_TOKENS, 0, -1) % model.get_input_embeddings().weight.shape[0]).unsqueeze(0)
     failed: Exception | None = None
     for tail in TAILS:
         for marked in (True, False):  # some models look into the values

@@ -17,7 +17,9 @@ HIDDEN = "hidden"  # input of the present decoder layer
 TARGET = "target"  # target of the output of a layer that is tuned
 NEXT = "next"  # input of the next decoder layer
 DENSE = "dense "  # prefix of a name: the same activations in the dense model
-DENSE_OUTPUT = "dense output"  # the block's output with dense weights on the sparse stream
+# The block's output with dense weights on the sparse stream. After the last block it is not needed any more: the array
+# then takes the pruned layer's output, which `move_on` makes the next layer's input.
+DENSE_OUTPUT = "dense output"
 BETWEEN_LAYERS = (HIDDEN, DENSE + HIDDEN)  # arrays that a layer starts from
 
 
@@ -130,9 +132,9 @@ class ActivationStreams:
         del self._arrays[name]
 
     def let_go(self, arrays: Collection[Tensor]) -> None:
-        """Give up those of some arrays that no layer starts from: later layers write into new arrays.
+        """Drop the arrays that no layer starts from among `arrays`, which a thread still reads.
 
-        Whoever still reads the arrays, for example to write them to a file, frees them.
+        Later layers then write into new arrays. The last reader, for example the writer of a file, frees the old ones.
         """
         for name, array in list(self._arrays.items()):
             if name not in BETWEEN_LAYERS and any(array is read for read in arrays):

@@ -15,11 +15,11 @@ from transformers.pytorch_utils import Conv1D
 
 from llm_barber.errors import ModelError, SettingsError, first_line
 from llm_barber.model.architecture import ARCHITECTURES, ATTENTION, MLP, Architecture, Block, StructureOptions
-from llm_barber.model.decisions import check_blocks, check_flow, check_layers
 from llm_barber.model.empty import empty_model, language_model_prefix
 from llm_barber.model.experts import Experts
 from llm_barber.model.skeleton import Skeleton
-from llm_barber.model.stepping import TOKENS
+from llm_barber.model.stated_structure import check_blocks, check_flow, check_layers
+from llm_barber.model.stepping import TRIAL_TOKENS
 from llm_barber.model.tracing import LayerRun, first_of_each_kind, is_linear, run_layer, zeros_of
 
 # A module list with at least this share of the largest list's parameters rivals it.
@@ -97,7 +97,7 @@ def analyse(config: PreTrainedConfig, options: StructureOptions | None = None) -
     skeleton = Skeleton(config, architecture, torch.device("cpu"), torch.float32, model)
     skeleton.fill_outside({name: zeros_of(skeleton.model, name) for name in skeleton.all_outside_names})
     hidden: list[Tensor] = []
-    skeleton.embed(torch.zeros(1, TOKENS, dtype=torch.int64), hidden.append)
+    skeleton.embed(torch.zeros(1, TRIAL_TOKENS, dtype=torch.int64), hidden.append)
     if options.blocks:
         check_flow(skeleton, hidden[0])
         return architecture

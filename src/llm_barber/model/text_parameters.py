@@ -14,7 +14,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 
-from llm_barber.model.stepping import TOKENS, find_stepping, stepped_over, tensors_in
+from llm_barber.model.stepping import TRIAL_TOKENS, find_stepping, stepped_over, tensors_in
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ def find_text_parameters(
     with _zeros_outside(model, layers_prefix, device) as names:
         uses = _Uses(names)
         hook = layers[-1].register_forward_pre_hook(lambda *_: uses.end_embedding())
-        tokens = torch.zeros(1, TOKENS, dtype=torch.int64, device=device)
+        tokens = torch.zeros(1, TRIAL_TOKENS, dtype=torch.int64, device=device)
         try:
             stepping = find_stepping(model, layers, device)
             uses.begin()
@@ -91,9 +91,8 @@ class _Uses(TorchFunctionMode):
             for tensor in tensors_in((arguments, list(settings.values())))
             if id(tensor) in self._names
         ]
-        if (
-            used and function is nn.functional.linear
-        ):  # zeros of an output head take no memory, but a product with them does
+        # Zeros of an output head take no memory, but a product with them does.
+        if used and function is nn.functional.linear:
             self._noted.update(used)
             inputs, weight, *_ = arguments
             return inputs.new_zeros(*inputs.shape[:-1], weight.shape[0])

@@ -11,7 +11,7 @@ from transformers.pytorch_utils import Conv1D
 
 from llm_barber.model.experts import Experts
 from llm_barber.model.skeleton import Skeleton
-from llm_barber.model.stepping import TOKENS
+from llm_barber.model.stepping import TRIAL_TOKENS
 
 
 @dataclass
@@ -56,9 +56,9 @@ def run_layer(skeleton: Skeleton, index: int, hidden: Tensor) -> LayerRun:
     """Run a layer with zeros for weights; experts return their inputs.
 
     Args:
-        skeleton: a model that has embedded one sequence of `TOKENS` tokens.
+        skeleton: a model that has embedded one sequence of `TRIAL_TOKENS` tokens.
         index: the layer's number.
-        hidden: the layer's input, (1, TOKENS, hidden).
+        hidden: the layer's input, (1, TRIAL_TOKENS, hidden).
 
     Raises:
         ModelError: the layer hands on more than the states.
@@ -78,7 +78,7 @@ def run_layer(skeleton: Skeleton, index: int, hidden: Tensor) -> LayerRun:
             after = module.register_forward_hook(_noting_states(run, name))
             stack.callback(before.remove)
             stack.callback(after.remove)
-        output = layer(hidden, **skeleton.arguments(index, 1, TOKENS))
+        output = layer(hidden, **skeleton.arguments(index, 1, TRIAL_TOKENS))
         states = output if isinstance(output, Tensor) else output[0]
         run.routers = set(run.without_effect(list(run.outputs), states))
     skeleton.release_layer(index)

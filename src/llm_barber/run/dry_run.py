@@ -99,8 +99,8 @@ def dry_run(config: PruneConfig | RebuildConfig, progress: Progress | None = Non
         prepared = PREPARE[config.command](config, progress, Ranks())
     prepared.warn_of_settings(progress)
     job, rebuilt = prepared.job, prepared.rebuild_settings
-    meanwhile = MOST_ACTIVATION_FILES * prepared.bytes_between_layers
-    check_output(config.output, config.overwrite, job.bytes, config.resume, meanwhile)
+    activation_file_bytes = MOST_ACTIVATION_FILES * prepared.bytes_between_layers
+    check_output(config.output, config.overwrite, job.bytes, config.resume, activation_file_bytes)
     if config.memory is not None:
         left_for_activations(config.memory, current_memory(), model_shapes(job.skeleton), prepared.recipe)
     lock = work_folder(config.output) / LOCK_NAME
@@ -133,7 +133,7 @@ def dry_run(config: PruneConfig | RebuildConfig, progress: Progress | None = Non
         device=str(job.skeleton.device),
         dtype=str(job.skeleton.dtype).removeprefix("torch."),
         output_bytes=job.bytes,
-        activation_file_bytes=meanwhile,
+        activation_file_bytes=activation_file_bytes,
         stream_bytes=arrays * sequences * tokens * hidden * job.skeleton.dtype.itemsize,
         finished_layers=finished_layers if complete is None else job.layer_count,
     )

@@ -52,9 +52,10 @@ def warn_of_written(written: Mapping[str, int], before: Mapping[str, int], progr
     if changed := [name for name, when in before.items() if written.get(name) != when]:
         progress.warn(
             message(
-                "{files} of the model was modified after layers were computed: if its content changed, start again "
+                "{files} of the model {was} modified after layers were computed: if the content changed, start again "
                 "with {overwrite}",
                 files=f"{', '.join(changed[:3])}{' and others' if len(changed) > 3 else ''}",
+                was="was" if len(changed) == 1 else "were",
             )
         )
 

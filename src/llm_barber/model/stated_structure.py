@@ -26,8 +26,7 @@ def check_blocks(blocks: tuple[Block, ...], layers: nn.Module) -> None:
                 message("{blocks}: no layer has a module {output!r}", output=block.output), _modules_hint(layers[0])
             )
         for linear in block.linears:
-            pattern = linear.split(".*.")
-            if not any(_stands_for(pattern, name) for of_layer in present for name in of_layer.linears):
+            if not any(_stands_for(linear, name) for of_layer in present for name in of_layer.linears):
                 raise SettingsError(
                     message("{blocks}: no layer has a linear {linear!r}", linear=linear), _paths_hint(layers[0])
                 )
@@ -71,9 +70,12 @@ def _check_block(block: Block, layers: nn.ModuleList) -> None:
                     raise SettingsError(message(outside, linear=linear, output=of_layer.output), OUTPUT_HINT)
 
 
-def _stands_for(pattern: list[str], name: str) -> bool:
-    """Test whether a linear's name, split at `.*.`, stands for a name."""
-    return name == pattern[0] if len(pattern) == 1 else name.startswith(pattern[0]) and name.endswith(pattern[1])
+def _stands_for(linear: str, name: str) -> bool:
+    """Test whether a linear, maybe with `*` in place of an expert's number, stands for a name."""
+    experts, star, rest = linear.partition(".*.")
+    if not star:
+        return name == linear
+    return name.startswith(f"{experts}.") and name.removeprefix(f"{experts}.").partition(".")[2] == rest
 
 
 def _modules_hint(layer: nn.Module) -> str:
@@ -110,7 +112,7 @@ def check_flow(skeleton: Skeleton, hidden: Tensor) -> None:
     """Refuse blocks that layers compute in another order, or whose output ignores one of their linears.
 
     Args:
-        skeleton: a model with these blocks that has embedded one sequence of `stepping.TOKENS` tokens.
+        skeleton: a model with these blocks that has embedded one sequence of `stepping.TRIAL_TOKENS` tokens.
         hidden: input of the first layer, (1, tokens, hidden).
 
     Raises:
