@@ -6,8 +6,8 @@
 
 PRUNED is a checkpoint that llm-barber pruned, DENSE the model that it was pruned from, TEXT a .txt, .jsonl or .parquet
 file to train on, or `builtin`. OUT becomes a plain checkpoint with a record. The loss is the Kullback-Leibler
-divergence of the model's next-token distribution from the dense model's. It prints perplexity and divergence on
-held-out text, before and after.
+divergence of the model's next-token distribution from the dense model's. The script prints perplexity and divergence
+on held-out text, before and after. docs/guide/finetune.md has fsdp.yaml.
 """
 
 import argparse
@@ -108,13 +108,13 @@ def finetune(options: argparse.Namespace) -> None:
         model = get_peft_model(
             model, LoraConfig(r=options.lora, lora_alpha=2 * options.lora, target_modules="all-linear")
         )
-    work = Path(f"{options.out}.training")
+    training_folder = Path(f"{options.out}.training")
     trainer = Distiller(
-        teacher, model=model, args=training_arguments(options, work), train_dataset=Windows(windows),
+        teacher, model=model, args=training_arguments(options, training_folder), train_dataset=Windows(windows),
         callbacks=[HoldZeros()],
     )  # fmt: skip
-    begun = bool(options.save_steps) and any(work.glob("checkpoint-*"))
-    trainer.train(resume_from_checkpoint=begun)
+    resumes = bool(options.save_steps) and any(training_folder.glob("checkpoint-*"))
+    trainer.train(resume_from_checkpoint=resumes)
     if options.lora:
         merge_adapter(trainer.model, options.out, options.pruned)
     else:
@@ -147,7 +147,10 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--bf16", action="store_true", help="compute in bfloat16; weights are trained in float32")
     parser.add_argument("--held-out", default="wikitext2", help="text to measure on (default: wikitext2)")
     parser.add_argument("--windows", type=int, default=32, help="windows to measure on (default: 32)")
-    parser.add_argument("--save-steps", type=int, default=0, help="keep the training every so many steps, to go on")
+    parser.add_argument(
+        "--save-steps", type=int, default=0, metavar="N",
+        help="save the training every N steps; the same command then continues it (default: 0, never)",
+    )  # fmt: skip
     parser.add_argument("--seed", type=int, default=0)
     return parser
 
@@ -156,10 +159,10 @@ def main() -> None:
     """Train, and say what it gained."""
     options = make_parser().parse_args()
     finetune(options)
-    first = not dist.is_initialized() or dist.get_rank() == 0
+    is_first_process = not dist.is_initialized() or dist.get_rank() == 0
     if dist.is_initialized():
         dist.destroy_process_group()
-    if first:
+    if is_first_process:
         show(options)
 
 
