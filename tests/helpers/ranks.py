@@ -1,16 +1,22 @@
 """Start the processes of one run, as torchrun would."""
 
+import faulthandler
 import os
+import signal
 import socket
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed import TCPStore  # type: ignore[attr-defined]  # public, and not in its __all__
 
 from llm_barber.errors import BarberError
 
 REFUSED = 3  # exit code of a process whose function raised a `BarberError`
+HANGING = 100.0  # seconds after which a process shows where it hangs, and ends
 
 
 def free_port() -> int:
@@ -30,6 +36,32 @@ def free_port() -> int:
     raise AssertionError("no port is free")
 
 
+@contextmanager
+def agents_store() -> Iterator[int]:
+    """The port of a store that outlives the processes of runs, as torchrun's does.
+
+    It is in a process of its own: the threads of a store here could hold locks while processes of runs are forked.
+    """
+    port = free_port()
+    is_open, opened = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            store = TCPStore("localhost", port, is_master=True, wait_for_workers=False)
+            os.write(opened, str(store.port).encode())
+            signal.pause()
+        finally:
+            os._exit(1)
+    os.close(opened)
+    try:
+        assert os.read(is_open, 8) == str(port).encode()
+        yield port
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        os.close(is_open)
+
+
 def run_ranks(
     count: int, function: Callable[[int], Any], messages: Path | None = None, port: int | None = None
 ) -> list[int]:
@@ -46,6 +78,7 @@ def run_ranks(
     for rank in range(count):
         child = os.fork()
         if child == 0:
+            faulthandler.dump_traceback_later(HANGING, exit=True, file=sys.__stderr__)
             torch.set_num_threads(1)
             names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "MASTER_PORT": port}
             os.environ.update({name: str(value) for name, value in names.items()}, MASTER_ADDR="localhost")

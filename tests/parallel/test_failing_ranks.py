@@ -8,14 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from torch.distributed import TCPStore
 
 from llm_barber import RunReport
 from llm_barber.errors import OutputError
 from llm_barber.parallel import pulse
 from llm_barber.parallel.ranks import joined
 from llm_barber.run import stream as run_module
-from tests.helpers.ranks import REFUSED, free_port, run_ranks
+from tests.helpers.ranks import REFUSED, agents_store, run_ranks
 from tests.helpers.runs import read_untimed_files
 
 DIED = 9
@@ -105,8 +104,6 @@ def test_a_process_that_falls_silent_at_once_ends_all(monkeypatch: pytest.Monkey
 def test_processes_that_torchrun_starts_anew_meet(monkeypatch: pytest.MonkeyPatch, short_silence: float) -> None:
     """Torchrun's store outlives them, and has what the earlier processes wrote: that one of them failed."""
     monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
-    port = free_port()
-    store = TCPStore("localhost", port, is_master=True, wait_for_workers=False)
 
     def fail(rank: int) -> None:
         with joined() as ranks:
@@ -119,11 +116,11 @@ def test_processes_that_torchrun_starts_anew_meet(monkeypatch: pytest.MonkeyPatc
             time.sleep(2.0)  # until a failure would have been noticed
             assert ranks.total(1) == [2]
 
-    assert run_ranks(2, fail, port=port) == [REFUSED, REFUSED]
-    monkeypatch.setattr(pulse, "GRACE", 0.3)
-    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
-    assert run_ranks(2, go_on, port=port) == [0, 0]
-    del store
+    with agents_store() as port:
+        assert run_ranks(2, fail, port=port) == [REFUSED, REFUSED]
+        monkeypatch.setattr(pulse, "GRACE", 0.3)
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+        assert run_ranks(2, go_on, port=port) == [0, 0]
 
 
 @pytest.mark.parametrize("slow", [0, 1])
