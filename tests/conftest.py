@@ -109,7 +109,6 @@ FOUND: dict[str, dict[str, Any]] = {
     },
     "smolvlm": {"text_config": {"model_type": "llama", **LLAMA_LIKE}, "vision_config": VISION},
 }  # fmt: skip
-NOT_FOUND: tuple[str, ...] = ()  # families with an entry whose structure the analysis refuses
 KNOWN: dict[str, dict[str, Any]] = {
     "apertus": LLAMA_LIKE,
     "arcee": LLAMA_LIKE,

@@ -103,6 +103,11 @@ def joined(separator: str, messages: Iterable[Message]) -> Message:
     return Message(*parts[1:])
 
 
+def counted(count: int, noun: str) -> str:
+    """A number of things. Example: (2, "window") -> "2 windows"."""
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
 def first_names(names: Sequence[str], shown: int = 5) -> str:
     """The first names of a list, and how many more there are."""
     more = f" and {len(names) - shown} more" if len(names) > shown else ""

@@ -10,6 +10,8 @@ from pathlib import Path
 import psutil
 import torch
 
+from llm_barber.messages import counted
+
 
 def versions() -> dict[str, str]:
     """Versions that affect a result, of Python and packages, by name."""
@@ -44,7 +46,7 @@ def machine(device: torch.device | None = None) -> str:
         return str(torch.cuda.get_device_name(device))
     amx = getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)()
     threads = torch.get_num_threads()
-    return f"{_processor()}{' with AMX' if amx else ''}, {threads} thread{'s' if threads > 1 else ''}"
+    return f"{_processor()}{' with AMX' if amx else ''}, {counted(threads, 'thread')}"
 
 
 @cache

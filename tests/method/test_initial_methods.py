@@ -15,7 +15,7 @@ from llm_barber.masking.pattern import NofM, Unstructured
 from llm_barber.method.initial_methods import MASK_METHODS, MaskMethod, PrunableLinear, Pruned, prune_linear
 from llm_barber.planning.initial_costs import DECOMPOSITION
 from llm_barber.planning.memory import UPDATING
-from llm_barber.settings.initial import Initial
+from llm_barber.settings.initial import METHOD_FACTS, Initial
 
 WEIGHT = torch.arange(32.0).view(4, 8)
 LINEAR = PrunableLinear("layer 0 mlp.up", WEIGHT, Unstructured(0.5), Granularity.OUTPUT)
@@ -33,6 +33,10 @@ def test_a_method_that_a_table_lacks_is_named(
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(LookupError, match=f"^{table} lacks ria$"):
         importlib.import_module("without_ria")
+
+
+def test_each_method_has_its_facts_and_its_function() -> None:
+    assert set(METHOD_FACTS) == set(MASK_METHODS) == set(Initial)
 
 
 def test_plans_count_the_work_of_each_method_that_gathers_gram_matrices() -> None:
@@ -53,7 +57,9 @@ def test_facts_agree_with_the_function(method: Initial) -> None:
         prepared = how.prepare(statistic, "a linear")
     for target in (Unstructured(0.5), NofM(2, 4)):
         linear = PrunableLinear("a linear", weight, target, Granularity.LINEAR)
-        keep, _ = prune_linear(method, linear, prepared)
+        keep, updated = prune_linear(method, linear, prepared)
+        assert keep.dtype == torch.bool
+        assert method.has_updates == (updated is not None)
         assert int(keep.sum()) == keep.numel() // 2
         again, _ = prune_linear(method, linear, prepared)
         assert torch.equal(keep, again), "the same linear got another mask: give a generator a fixed seed"

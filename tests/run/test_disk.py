@@ -65,6 +65,9 @@ def test_what_is_written_already_needs_no_room_again(
         run(model, tmp_path / "out", tokens, resume=True, format=format)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=free))
     check_resumed(monkeypatch, tmp_path, model, tokens, [2], format=format)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=free - 1))
+    with pytest.raises(OutputError, match="the disk of"):
+        run(model, tmp_path / "other", tokens)
 
 
 def test_what_could_not_be_kept_is_not_told_to_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

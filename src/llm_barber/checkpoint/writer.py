@@ -27,7 +27,7 @@ from llm_barber.checkpoint.hub import INDEX_NAME, SINGLE_NAME
 from llm_barber.checkpoint.index import index_of
 from llm_barber.checkpoint.output import check_output, give_name, unwritable
 from llm_barber.checkpoint.packed_configuration import CONFIGURATION, plain_configuration
-from llm_barber.checkpoint.state import ACTIVATIONS_KEPT, MOST_ACTIVATION_FILES, RunState, Shard, Used, write_state
+from llm_barber.checkpoint.state import ACTIVATIONS_KEPT, RunState, Shard, Used, write_state
 from llm_barber.checkpoint.unfinished import take_up
 from llm_barber.checkpoint.work_folder import WorkFolder
 from llm_barber.errors import NotFiniteError, OutputError
@@ -48,7 +48,7 @@ class CheckpointWriter:
         resume: go on with an unfinished run, if there is one.
         repeatable: the activations after a layer can be made again from its shard, and so need not be durable before
             the next layer is finished.
-        activations: bytes of a file of activations; the disk needs room for `MOST_ACTIVATION_FILES`.
+        activations: bytes of all files of activations that the work folder holds at once.
 
     Raises:
         OutputError: the folder exists, another run is writing it, or there is an unfinished run, which has another key
@@ -74,7 +74,7 @@ class CheckpointWriter:
         self.needed = needed
         self.resume = resume
         self.repeatable = repeatable
-        self._activation_room = MOST_ACTIVATION_FILES * activations
+        self.activations = activations
         self.state = RunState(key=dict(key or {}))
         self.lost: list[str] = []
         self._state_lock = Lock()
@@ -84,7 +84,7 @@ class CheckpointWriter:
         self._shards, self._activations = WriteBehind(), ActivationWriter(self.folder, self._claim_activations)
 
     def __enter__(self) -> Self:
-        check_output(self.output, self.overwrite, self.needed, self.resume, self._activation_room)
+        check_output(self.output, self.overwrite, self.needed, self.resume, self.activations)
         self._work_folder.make(self.overwrite)
         try:
             state, self.lost = take_up(self.folder, self.state.key, self.overwrite, self.resume)

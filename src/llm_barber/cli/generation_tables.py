@@ -7,6 +7,7 @@ from rich.table import Table
 from rich.text import Text
 
 from llm_barber.cli.progress import CONTROL
+from llm_barber.messages import counted
 from llm_barber.settings.generate import GenerateConfig
 from llm_barber.tools.generation import GeneratedText, Generation, Speed
 from llm_barber.usage import readable_bytes
@@ -37,10 +38,10 @@ def _show_speed(generation: Generation, most_tokens: int) -> None:
     elif not result.ended and not generation.interrupted:
         full = len(result.tokens) < most_tokens
         reason = "the model's context is full" if full else "--max-new-tokens lets it write more"
-        console.print(f"stopped after {_tokens(len(result.tokens))}: {reason}")
-    console.print(f"prefill: {_tokens(result.prefill.tokens)} at {_speed(result.prefill)}")
+        console.print(f"stopped after {counted(len(result.tokens), 'token')}: {reason}")
+    console.print(f"prefill: {counted(result.prefill.tokens, 'token')} at {_speed(result.prefill)}")
     if result.decode is not None:
-        console.print(f"decode: {_tokens(result.decode.tokens)} at {_speed(result.decode)}")
+        console.print(f"decode: {counted(result.decode.tokens, 'token')} at {_speed(result.decode)}")
     grown = "" if result.peak_memory is None else f"; the process grew by {readable_bytes(result.peak_memory)}"
     console.print(f"memory: weights {readable_bytes(result.weight_bytes)}{grown}")
     console.print(f"{_computed(generation)}{_packed(result)}", soft_wrap=True)
@@ -85,8 +86,8 @@ def _notes(generation: Generation) -> list[str]:
     rounds, tokens = len(prefill.seconds), 1 + (decoding.tokens if decoding else 0)
     times = f"fastest of {rounds} rounds" if rounds > 1 else "one round"
     return [
-        f"prompt: {_tokens(prefill.tokens)}{template}",
-        f"speeds: {times} of {_tokens(tokens)}, in turn, the same for both",
+        f"prompt: {counted(prefill.tokens, 'token')}{template}",
+        f"speeds: {times} of {counted(tokens, 'token')}, in turn, the same for both",
         f"{_computed(generation)}{_packed(generation.generated)}",
     ]
 
@@ -99,10 +100,6 @@ def _packed(result: GeneratedText) -> str:
     if not result.packed_linears:
         return ""
     return f"; {result.packed_linears:,} of {result.linears:,} linears packed in memory"
-
-
-def _tokens(count: int) -> str:
-    return f"{count:,} token{'' if count == 1 else 's'}"
 
 
 def _speed(speed: Speed) -> str:

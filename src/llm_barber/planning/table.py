@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.table import Table
 
+from llm_barber.messages import counted
 from llm_barber.planning.forecast import Forecast, ProcessesForecast, StageForecast
 
 # Names of the stages, wherever people read them; `Costs` and JSON have the keys.
@@ -23,8 +24,8 @@ def show_forecast(forecast: Forecast) -> None:
     console.print(
         f"{forecast.model}: {forecast.architecture}, {forecast.layers} decoder layers, {forecast.parameters:,} "
         f"parameters, {forecast.weights:,} of them prunable\n{forecast.settings}; {forecast.sequences} × "
-        f"{forecast.tokens} tokens, {forecast.dtype} on {forecast.device}, {forecast.batch_size} "
-        f"window{'s' if forecast.batch_size > 1 else ''} at a time",
+        f"{forecast.tokens} tokens, {forecast.dtype} on {forecast.device}, "
+        f"{counted(forecast.batch_size, 'window')} at a time",
         soft_wrap=True,
     )
     for line in forecast.structure:

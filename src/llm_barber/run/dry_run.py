@@ -8,8 +8,8 @@ from pydantic import BaseModel, ConfigDict
 from llm_barber.checkpoint.companions import LOCK_NAME
 from llm_barber.checkpoint.folder import locked
 from llm_barber.checkpoint.output import check_output, work_folder
-from llm_barber.checkpoint.state import MOST_ACTIVATION_FILES
 from llm_barber.checkpoint.unfinished import unfinished_run
+from llm_barber.messages import counted
 from llm_barber.model.device import current_gpu_kept
 from llm_barber.parallel.ranks import Ranks
 from llm_barber.planning.limits import left_for_activations
@@ -65,7 +65,6 @@ class DryRun(BaseModel):
     def rows(self) -> list[tuple[str, str]]:
         """Rows of the table that is shown: names and values."""
         finished = self.finished_layers
-        windows = f"{self.batch_size} window{'s' if self.batch_size > 1 else ''}"
         rebuilt = f"within each {self.granularity}, ratio {self.rebuild_ratio:g}" if self.granularity else "no"
         return [
             ("model", f"{self.model} ({self.architecture}, {self.layers} decoder layers)"),
@@ -76,7 +75,7 @@ class DryRun(BaseModel):
             ("rebuild", rebuilt),
             ("refining", self.refinement or "no"),
             ("calibration", f"{self.calibration}: {self.sequences} windows of {self.tokens} tokens"),
-            ("compute", f"{self.dtype} on {self.device}, {windows} at a time"),
+            ("compute", f"{self.dtype} on {self.device}, {counted(self.batch_size, 'window')} at a time"),
             ("output", readable_bytes(self.output_bytes)),
             ("disk during the run", readable_bytes(self.output_bytes + self.activation_file_bytes)),
             ("calibration activations", readable_bytes(self.stream_bytes)),
@@ -99,8 +98,7 @@ def dry_run(config: PruneConfig | RebuildConfig, progress: Progress | None = Non
         prepared = PREPARE[config.command](config, progress, Ranks())
     prepared.warn_of_settings(progress)
     job, rebuilt = prepared.job, prepared.rebuild_settings
-    activation_file_bytes = MOST_ACTIVATION_FILES * prepared.bytes_between_layers
-    check_output(config.output, config.overwrite, job.bytes, config.resume, activation_file_bytes)
+    check_output(config.output, config.overwrite, job.bytes, config.resume, prepared.activation_file_bytes)
     if config.memory is not None:
         left_for_activations(config.memory, current_memory(), model_shapes(job.skeleton), prepared.recipe)
     lock = work_folder(config.output) / LOCK_NAME
@@ -111,7 +109,6 @@ def dry_run(config: PruneConfig | RebuildConfig, progress: Progress | None = Non
     shapes = _pruned_shapes(prepared)
     sequences, tokens = job.tokens.input_ids.shape
     arrays = RefineSettings.arrays(prepared.refine_settings)
-    hidden: int = job.config.hidden_size
     return DryRun(
         model=prepared.model,
         output=str(Path(config.output)),
@@ -133,8 +130,8 @@ def dry_run(config: PruneConfig | RebuildConfig, progress: Progress | None = Non
         device=str(job.skeleton.device),
         dtype=str(job.skeleton.dtype).removeprefix("torch."),
         output_bytes=job.bytes,
-        activation_file_bytes=activation_file_bytes,
-        stream_bytes=arrays * sequences * tokens * hidden * job.skeleton.dtype.itemsize,
+        activation_file_bytes=prepared.activation_file_bytes,
+        stream_bytes=arrays * prepared.array_bytes,
         finished_layers=finished_layers if complete is None else job.layer_count,
     )
 

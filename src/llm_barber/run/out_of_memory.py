@@ -9,6 +9,7 @@ import torch
 from llm_barber.errors import BarberError
 from llm_barber.gpu.out_of_memory import is_out_of_memory
 from llm_barber.loading.job import Job
+from llm_barber.messages import counted
 from llm_barber.model.device import experts_per_token, needed_memory, stored_score_bytes
 from llm_barber.model.streams import ActivationStreams
 from llm_barber.progress import Progress
@@ -72,8 +73,9 @@ def with_smaller_batches(
             )
         streams.halve_batches()
         _empty_cache()
-        windows = f"{streams.batch_size} window{'s' if streams.batch_size > 1 else ''}"
-        progress.warn(f"the device's memory is too small: {windows} at a time from now on")
+        progress.warn(
+            f"the device's memory is too small: {counted(streams.batch_size, 'window')} at a time from now on"
+        )
 
 
 def _needed_by_a_window(job: Job) -> tuple[int, int]:

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
+from llm_barber.checkpoint.state import MOST_ACTIVATION_FILES
 from llm_barber.loading.job import Job
 from llm_barber.masking.pattern import NofM, Unstructured
 from llm_barber.messages import SettingName, message
@@ -91,11 +92,15 @@ class PreparedRun:
         )
 
     @property
-    def bytes_between_layers(self) -> int:
-        """Bytes of a file of activations: the arrays that a layer starts from, of all processes."""
-        sequences, tokens = self.job.tokens.input_ids.shape
+    def array_bytes(self) -> int:
+        """Bytes of one array of calibration activations, of all processes."""
         hidden: int = self.job.config.hidden_size
-        return self.recipe.durable * sequences * tokens * hidden * self.job.skeleton.dtype.itemsize
+        return self.job.tokens.input_ids.numel() * hidden * self.job.skeleton.dtype.itemsize
+
+    @property
+    def activation_file_bytes(self) -> int:
+        """Bytes of all files of activations that the work folder holds at once; each has what a layer starts from."""
+        return MOST_ACTIVATION_FILES * self.recipe.durable * self.array_bytes
 
     @cached_property
     def movable_channels(self) -> list[list[MovableChannels]]:

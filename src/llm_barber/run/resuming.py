@@ -12,7 +12,7 @@ from llm_barber.checkpoint.ahead import ReadAhead
 from llm_barber.checkpoint.state import START_AGAIN, STATE_NAME, Used
 from llm_barber.errors import NotFiniteError, UnfinishedRunError
 from llm_barber.loading.job import Job
-from llm_barber.messages import message
+from llm_barber.messages import counted, message
 from llm_barber.method.block_pass import dense_batches
 from llm_barber.method.layer import move_on
 from llm_barber.model.streams import DENSE, DENSE_OUTPUT, HIDDEN, NEXT, ActivationStreams
@@ -130,7 +130,7 @@ def pass_layers(
     """Move the streams through finished layers whose output is not durable, or is damaged."""
     job, settings = prepared.job, prepared.refine_settings
     count = len(finished)
-    progress.start(f"once more through {count} finished layer{'s' if count > 1 else ''}", count)
+    progress.start(f"once more through {counted(count, 'finished layer')}", count)
     for result in finished:
         written = job.ranks.tensors_from_first(writer.read_shard(len(job.outside_shards) + result.index))
         compute = partial(pass_layer, job, result, ahead.take(), written, settings, streams)

@@ -108,7 +108,7 @@ def _open_output(prepared: PreparedRun) -> Writer:
     kind = PackedWriter if config.format is Format.PACKED else CheckpointWriter
     shards = len(job.outside_shards) + len(job.steps)
     key, repeatable = resume_key(prepared), prepared.config.runs_what_it_writes
-    activations = prepared.bytes_between_layers
+    activations = prepared.activation_file_bytes
     return kind(config.output, shards, config.overwrite, job.bytes, key, config.resume, repeatable, activations)
 
 

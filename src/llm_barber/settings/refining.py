@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass, replace
 
 from llm_barber.masking.pattern import NofM, Pattern, as_fraction
+from llm_barber.messages import counted
 from llm_barber.model.streams import ActivationStreams
 from llm_barber.settings.presets import (
     FEWEST_PASSES,
@@ -134,8 +135,8 @@ class RefineSettings:
             if tuned
             else "",
         ]
-        windows = f"{self.held_out} window{'' if self.held_out == 1 else 's'} held out"
-        return f"{', '.join(filter(None, parts))} (target mix {self.target_mix:g}, {windows})"
+        windows = counted(self.held_out, "window")
+        return f"{', '.join(filter(None, parts))} (target mix {self.target_mix:g}, {windows} held out)"
 
     def step_count(self, sequences: int) -> int:
         """Number of steps in a pass of tuning: the same for any number of processes, so that the result is the same."""

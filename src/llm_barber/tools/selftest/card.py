@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from llm_barber.messages import counted
 from llm_barber.usage import machine, versions
 
 DRIVER = Path("/proc/driver/nvidia/version")
@@ -19,7 +20,7 @@ def describe_machine(device: torch.device) -> str:
     count = torch.cuda.device_count()
     return (
         f"{properties.name}, compute capability {properties.major}.{properties.minor}, "
-        f"{properties.total_memory / 2**30:.1f} GiB, {count} card{'s' if count > 1 else ''} visible"
+        f"{properties.total_memory / 2**30:.1f} GiB, {counted(count, 'card')} visible"
     )
 
 
