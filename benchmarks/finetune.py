@@ -49,7 +49,8 @@ class Rows:
     def row(self, name: str, key: dict[str, Any], make: Any) -> dict[str, Any]:
         """The row of this name, kept or computed: figures of the folder that `make` returns with its seconds."""
         path = RESULTS / f"{name}.json"
-        key = {**key, "texts": self.options.texts, "windows": self.options.windows, "tasks": self.options.tasks}
+        key |= {"texts": self.options.texts, "windows": self.options.windows}
+        key |= {"tasks": self.options.tasks, "limit": self.options.limit}
         if path.exists() and (kept := json.loads(path.read_text()))["key"] == key:
             return kept
         folder, seconds = make()
@@ -67,7 +68,8 @@ class Rows:
 
     def measure(self, folder: Path) -> dict[str, Any]:
         """Perplexity and KL on each text, and accuracies."""
-        tasks = {"tasks": self.options.tasks, "tasks_folder": self.options.tasks_folder} if self.options.tasks else {}
+        names = ("tasks", "tasks_folder", "limit")
+        tasks = {name: getattr(self.options, name) for name in names} if self.options.tasks else {}
         result = evaluate(
             EvaluateConfig(
                 model=str(folder), against=self.dense, text=tuple(self.options.texts.split(",")), dtype="float32",
@@ -121,8 +123,9 @@ def main() -> None:
     parser.add_argument("--more", action="store_true", help="also prune with more text, for as long as the training")
     parser.add_argument("--texts", default="wikitext2", help="held-out texts, with commas")
     parser.add_argument("--windows", type=int, default=64)
-    parser.add_argument("--tasks", default="")
-    parser.add_argument("--tasks-folder")
+    parser.add_argument("--tasks", default="", help="tasks of lm-eval, with commas")
+    parser.add_argument("--tasks-folder", help="files of the tasks")
+    parser.add_argument("--limit", type=int, help="most examples of each task")
     options = parser.parse_args()
     rows, table = Rows(options, model_folder(options.model)), []
     steps = math.ceil(options.tokens / (options.seqlen * WINDOWS_A_STEP))

@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 from llm_barber import EvaluateConfig, Evaluation, evaluate
 from llm_barber.errors import CalibrationError, HubError, ModelError, SettingsError
 from llm_barber.evaluation.texts import evaluation_text
-from tests.conftest import FAMILIES, change_json, load_model, make_model, save_tokens
+from tests.conftest import FAMILIES, Listener, change_json, load_model, make_model, save_tokens
 from tests.helpers.text import add_tokenizer
 
 
@@ -124,6 +124,21 @@ def test_bad_input(tmp_path: Path, llama: Path, text: str, monkeypatch: pytest.M
     monkeypatch.setattr("datasets.load_dataset", offline)
     with pytest.raises(HubError, match="could not be loaded from the hub"):
         run(llama, "ptb")
+
+
+@pytest.mark.parametrize("against", ["itself", "a whole model"])
+def test_a_buffer_that_the_checkpoint_lacks_is_told_of(tmp_path: Path, text: str, against: str) -> None:
+    whole, model = (make_model(tmp_path / name, "deepseek_v3") for name in ("whole", "model"))
+    for folder in (whole, model):
+        add_tokenizer(folder)
+    tensors = load_file(model / "model.safetensors")
+    (lacking,) = [name for name in tensors if name.endswith("e_score_correction_bias")]
+    save_file({name: tensor for name, tensor in tensors.items() if name != lacking}, model / "model.safetensors")
+    listener = Listener()
+    other = str(model if against == "itself" else whole)
+    settings = EvaluateConfig(model=str(model), against=other, text=(text,), seqlen=16, windows=1)
+    evaluate(settings, listener)
+    assert listener.warnings == [f"{model} has no {lacking}: an untrained model's values are taken"]
 
 
 def test_texts_are_joined_as_released_programs_join_them(monkeypatch: pytest.MonkeyPatch) -> None:

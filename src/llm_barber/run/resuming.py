@@ -12,7 +12,7 @@ from llm_barber.checkpoint.ahead import ReadAhead
 from llm_barber.checkpoint.state import START_AGAIN, STATE_NAME, Used
 from llm_barber.errors import NotFiniteError, UnfinishedRunError
 from llm_barber.loading.job import Job
-from llm_barber.messages import counted, message
+from llm_barber.messages import counted, first_names, message
 from llm_barber.method.block_pass import dense_batches
 from llm_barber.method.layer import move_on
 from llm_barber.model.streams import DENSE, DENSE_OUTPUT, HIDDEN, NEXT, ActivationStreams
@@ -54,7 +54,7 @@ def warn_of_written(written: Mapping[str, int], before: Mapping[str, int], progr
             message(
                 "{files} of the model {was} modified after layers were computed: if the content changed, start again "
                 "with {overwrite}",
-                files=f"{', '.join(changed[:3])}{' and others' if len(changed) > 3 else ''}",
+                files=first_names(changed),
                 was="was" if len(changed) == 1 else "were",
             )
         )
