@@ -63,6 +63,10 @@ def test_the_same_run_in_other_words(
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
     copy = tokens.rename(tmp_path / "copy.safetensors")
+    (tmp_path / "out").rename(tmp_path / "moved")
+    moved = {"model": f"../{model.name}", "output": tmp_path / "moved", "calibration": copy, "resume": True}
+    assert prune(PruneConfig(**moved)) == report.model_copy(update={"output": str(tmp_path / "moved")})
+    (tmp_path / "moved").rename(tmp_path / "out")
     said: dict[str, Any] = {"preset": "mask", "refine": "tune", "sparsity": 0.5, "allocation": "loss", "guard": 1 / 32}
     for settings in ({}, said, {"tune_passes": report.resolved["tune_passes"]}, {"seed": 7}):
         again = {"model": f"../{model.name}", "output": tmp_path / "out", "calibration": copy, "resume": True}
@@ -174,7 +178,7 @@ def test_a_record_without_a_newer_setting_is_of_the_same_run(
     assert report.settings.pop("target_mix", 0) is None
     assert report.settings.pop("include") == []
     monkeypatch.setattr(finished, "read_record", lambda _: report)
-    assert prune(PruneConfig(**settings, resume=True)) is report
+    assert prune(PruneConfig(**settings, resume=True)) == report
 
 
 def test_what_a_killed_replacement_left_is_removed(tmp_path: Path, model: Path, tokens: Path) -> None:

@@ -55,7 +55,7 @@ def finished_run(config: RunSettings, progress: Progress) -> RunReport | None:
     if differences := list(_other_inputs(record, config, progress)):
         _refuse("is complete, but was made with ", differences, config)
         return None
-    return record
+    return record.model_copy(update={"output": str(config.output)})  # the folder may have been moved
 
 
 def _refuse(why: str, differences: Sequence[Message], config: RunSettings) -> None:
