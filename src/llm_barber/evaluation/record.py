@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from llm_barber.checkpoint.companions import EVALUATION_NAME
+from llm_barber.checkpoint.durable import write_durably
 from llm_barber.checkpoint.untrusted import read_result
 from llm_barber.errors import ModelError
 from llm_barber.evaluation.result import Evaluation, TaskResult, TextResult
@@ -50,9 +51,7 @@ def keep_evaluation(folder: Path, evaluation: Evaluation) -> bool:
         tasks = _joined(earlier.tasks, evaluation.tasks, lambda task: (task.task, task.metric))
         joined = {"texts": texts, "tasks": tasks, "against": evaluation.against or earlier.against}
         evaluation = evaluation.model_copy(update=joined)
-    temporary = folder / f"{EVALUATION_NAME}.tmp"
-    temporary.write_text(evaluation.model_dump_json(indent=1) + "\n", encoding="utf-8")
-    os.replace(temporary, folder / EVALUATION_NAME)
+    write_durably(folder / EVALUATION_NAME, f"{evaluation.model_dump_json(indent=1)}\n".encode())
     return earlier is not None and not alike
 
 
