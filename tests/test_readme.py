@@ -27,11 +27,11 @@ TASK_EXAMPLES = 300  # of the cells that tables show
 
 
 def perplexities(model: str, method: str, target: str) -> list[float]:
-    """Perplexities of a method's cells; first those that the present program would make, which reorders channels."""
+    """Perplexities of a method's cells; first those of the newest revision, with reordered channels."""
     folder = ROOT / "benchmarks" / "results" / model / "cells"
     cells = [json.loads(path.read_text()) for path in sorted(folder.glob(f"{method}-{target}-seed0-*.json"))]
     shown = [cell for cell in cells if all(task[2] == TASK_EXAMPLES for task in cell["key"].get("tasks") or [])]
-    shown.sort(key=lambda cell: "reorder" not in cell["key"])
+    shown.sort(key=lambda cell: (-cell["key"].get("revision", 1), "reorder" not in cell["key"]))
     return [cell["evaluation"]["texts"][0]["perplexity"] for cell in shown]
 
 
