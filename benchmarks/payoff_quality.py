@@ -161,7 +161,7 @@ class KeptRow:
 
 
 def kept_rows(model: str, targets: tuple[str, ...] = ("0.5", "0.7", "2:4")) -> list[KeptRow]:
-    """Kept results of a model's presets, first seed; none where the model has none."""
+    """Kept results of a model's presets, first seed, of the newest revision; none where the model has none."""
     if model not in KEPT:
         return []
     folder = ROOT / KEPT[model] / "cells"
@@ -176,6 +176,7 @@ def _kept_rows(folder: Path, methods: tuple[str, ...], targets: tuple[str, ...])
             paths = sorted(folder.glob(f"{preset}-{target.replace(':', 'of')}-seed0-*.json"))
             cells = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
             shown = [cell for cell in cells if all(task[2] <= TASK_EXAMPLES for task in cell["key"].get("tasks") or [])]
+            shown.sort(key=lambda cell: -cell["key"].get("revision", 1))
             for cell in shown[:1]:
                 text = cell["evaluation"]["texts"][0]
                 against = text["against"]
