@@ -49,8 +49,7 @@ class Rows:
     def row(self, name: str, key: dict[str, Any], make: Any) -> dict[str, Any]:
         """The row of this name, kept or computed: figures of the folder that `make` returns with its seconds."""
         path = RESULTS / f"{name}.json"
-        key |= {"texts": self.options.texts, "windows": self.options.windows}
-        key |= {"tasks": self.options.tasks, "limit": self.options.limit}
+        key = {**key, **{name: getattr(self.options, name) for name in ("texts", "windows", "tasks", "limit")}}
         if path.exists() and (kept := json.loads(path.read_text()))["key"] == key:
             return kept
         folder, seconds = make()

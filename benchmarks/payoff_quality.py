@@ -1,7 +1,6 @@
 """Perplexity and KL of the quantised dense models, on the windows of the kept results of pruned ones."""
 
 import argparse
-import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import Any
 
 import torch
 from common import show
+from kept import kept_cell
 from payoff_cells import Cells
 from payoff_peers import CONTEXT, INSTALL, TYPES, Llama, file_of_type
 from payoff_sides import DENSE, Side, Source, sources
@@ -29,7 +29,6 @@ KEPT = {
 }
 PRESETS = ("mask", "best")
 WITHOUT_PRESETS = ("sparsegpt-updates", "wanda")  # shown of a sparsity for which the kept results have no preset
-TASK_EXAMPLES = 300  # of the cells that the tables have; cells with more are second runs
 TEXT = "text/wikitext2-raw-test.txt"
 SOURCES = ("evaluation",)  # folders of the package that the results depend on
 QUICK = {"windows": 1}
@@ -161,7 +160,7 @@ class KeptRow:
 
 
 def kept_rows(model: str, targets: tuple[str, ...] = ("0.5", "0.7", "2:4")) -> list[KeptRow]:
-    """Kept results of a model's presets, first seed, of the newest revision; none where the model has none."""
+    """Kept results of a model's presets, first seed; none where the model has none."""
     if model not in KEPT:
         return []
     folder = ROOT / KEPT[model] / "cells"
@@ -173,11 +172,7 @@ def kept_rows(model: str, targets: tuple[str, ...] = ("0.5", "0.7", "2:4")) -> l
 def _kept_rows(folder: Path, methods: tuple[str, ...], targets: tuple[str, ...]) -> Iterator[KeptRow]:
     for preset in methods:
         for target in targets:
-            paths = sorted(folder.glob(f"{preset}-{target.replace(':', 'of')}-seed0-*.json"))
-            cells = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
-            shown = [cell for cell in cells if all(task[2] <= TASK_EXAMPLES for task in cell["key"].get("tasks") or [])]
-            shown.sort(key=lambda cell: -cell["key"].get("revision", 1))
-            for cell in shown[:1]:
+            if cell := kept_cell(folder, preset, target):
                 text = cell["evaluation"]["texts"][0]
                 against = text["against"]
                 yield KeptRow(

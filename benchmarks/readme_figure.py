@@ -9,13 +9,13 @@ import json
 from pathlib import Path
 
 import matplotlib
+from kept import TASK_EXAMPLES, kept_cell
 from matplotlib.figure import Figure
 
 ROOT = Path(__file__).parents[1]
 CELLS = ROOT / "benchmarks" / "results" / "smollm2-135m-64x1024" / "cells"
 FIGURE = ROOT / "docs" / "figures" / "perplexity.svg"
 SPARSITIES = ("0.5", "0.6", "0.7")
-TASK_EXAMPLES = 300  # of the cells that the tables have; cells with more are second runs
 METHODS = {  # name in the files, name on the page, colour, dashes
     "magnitude": ("magnitude", "#8c8c8c", "-"),
     "paper": ("paper: Wanda, rebuilt", "#b3541e", "--"),
@@ -64,9 +64,10 @@ def main() -> None:
 
 def perplexity(method: str, target: str) -> float:
     """Perplexity of a method's kept cell of the first seed, on the first text."""
-    cells = (json.loads(path.read_text()) for path in sorted(CELLS.glob(f"{method}-{target}-seed0-*.json")))
-    shown = [cell for cell in cells if all(task[2] <= TASK_EXAMPLES for task in cell["key"].get("tasks") or [])]
-    return float(shown[0]["evaluation"]["texts"][0]["perplexity"])
+    cell = kept_cell(CELLS, method, target)
+    if cell is None:
+        raise SystemExit(f"{CELLS} has no {method} at {target}")
+    return float(cell["evaluation"]["texts"][0]["perplexity"])
 
 
 def dense_perplexity() -> float:

@@ -17,7 +17,7 @@ from llm_barber.evaluation.streamed import StreamedModel
 from llm_barber.evaluation.tasks import TaskRun, compare_tasks, earlier_run, find_tasks
 from llm_barber.evaluation.texts import check_text, evaluation_text, evaluation_windows
 from llm_barber.loading.configuration import check_positions
-from llm_barber.loading.opening import lacking_buffers
+from llm_barber.loading.opening import warn_of_lacking_buffers
 from llm_barber.loading.same_tokens import check_same_tokenizer, check_same_vocabulary
 from llm_barber.loading.tokenizer import check_vocabulary, load_tokenizer
 from llm_barber.model.device import resolve_batch_size, resolve_device, resolve_dtype
@@ -85,7 +85,7 @@ class Evaluator:
         if config.against is not None:
             self.other = StreamedModel(config.against, self.device, self.dtype, config.structure)
             _check_vocabularies(model, self.other)
-            _warn_of_lacking(self.other, progress)
+            warn_of_lacking_buffers(self.other.skeleton.model, self.other.source, progress)
         self.tokenizer = load_tokenizer(model.source.folder)
         if self.tokenizer is None:
             raise ModelError(f"{config.model} has no tokenizer, which a text needs", "add its tokenizer files")
@@ -109,7 +109,7 @@ class Evaluator:
         if self.other is not None:
             _check_vocabularies(streamed, self.other)
         if not self._is_other(streamed):
-            _warn_of_lacking(streamed, progress)
+            warn_of_lacking_buffers(streamed.skeleton.model, streamed.source, progress)
         texts = tuple(self._measure_text(streamed, text, progress) for text in self.texts)
         tasks: tuple[TaskResult, ...] = ()
         if self.tasks and with_tasks:
@@ -196,11 +196,6 @@ def _import_harness() -> ModuleType:
         raise TaskError(
             f"tasks need lm-eval, which cannot be imported: {first_line(error)}", "pip install 'lm-eval>=0.4.13'"
         ) from error
-
-
-def _warn_of_lacking(model: StreamedModel, progress: Progress) -> None:
-    if warning := lacking_buffers(model.skeleton.model, model.source):
-        progress.warn(warning)
 
 
 def _check_vocabularies(model: StreamedModel, other: StreamedModel) -> None:

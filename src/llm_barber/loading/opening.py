@@ -15,6 +15,7 @@ from llm_barber.model.device import experts_per_token
 from llm_barber.model.empty import untie_head
 from llm_barber.model.experts import Experts
 from llm_barber.model.skeleton import Skeleton
+from llm_barber.progress import Progress
 
 
 def make_skeleton(
@@ -114,6 +115,12 @@ def lacking_buffers(model: nn.Module, source: CheckpointSource) -> str | None:
     absent = (name for name in stored_buffer_names(model) if name not in source.locations)
     missing = unexpected(absent, getattr(model, "_keys_to_ignore_on_load_missing", None))
     return f"{source.model} has no {first_names(missing)}: an untrained model's values are taken" if missing else None
+
+
+def warn_of_lacking_buffers(model: nn.Module, source: CheckpointSource, progress: Progress) -> None:
+    """Tell of the stored buffers which the checkpoint lacks."""
+    if warning := lacking_buffers(model, source):
+        progress.warn(warning)
 
 
 def check_stored(source: CheckpointSource, name: str, experts: nn.Module | None = None) -> None:

@@ -13,7 +13,7 @@ from llm_barber.errors import ModelError, SettingsError
 from llm_barber.gpu.kernels import kernels_of_run, leave_out_kernels
 from llm_barber.loading.configuration import check_positions, load_config
 from llm_barber.loading.job import Job
-from llm_barber.loading.opening import check_tensors, lacking_buffers, open_skeleton
+from llm_barber.loading.opening import check_tensors, open_skeleton, warn_of_lacking_buffers
 from llm_barber.loading.tokenizer import check_vocabulary, load_tokenizer
 from llm_barber.messages import SettingName, message
 from llm_barber.model.device import (
@@ -114,8 +114,7 @@ def _open_job(model: str, settings: RunSettings, targets: Targets | None, progre
     skeleton = open_skeleton(source, config, architecture, device, dtype)
     needs_head = settings.allocated_by is Allocation.LOSS or settings.prunes_head
     check_tensors(skeleton, source, with_head=needs_head)
-    if warning := lacking_buffers(skeleton.model, source):
-        progress.warn(warning)
+    warn_of_lacking_buffers(skeleton.model, source, progress)
     free = free_device_memory(device, settings.device_memory) if device.type == "cuda" else 0
     batch_size = sequences_together(settings, skeleton, device, sequences, seqlen, free)
     job = Job(
