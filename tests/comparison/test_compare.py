@@ -22,6 +22,7 @@ from llm_barber.progress import Silent
 from llm_barber.run import stream
 from llm_barber.settings.compare import CompareRow
 from llm_barber.settings.initial import METHOD_FACTS, Initial
+from llm_barber.settings.presets import REVISIONS, Preset
 from llm_barber.usage import machine
 from tests.conftest import Listener, change_json, make_model, save_tokens
 from tests.helpers.tasks import QUESTIONS
@@ -542,3 +543,21 @@ def test_a_cell_depends_on_the_revision_of_its_method(row: str, monkeypatch: pyt
     assert facts.revision == 1
     monkeypatch.setitem(METHOD_FACTS, Initial.SPARSEGPT, replace(facts, revision=2))
     assert cell_key(config, cell) == before | {"initial_revision": 2}
+
+
+def test_a_row_with_the_presets_allocation_depends_on_the_allocation_not_on_the_tuning(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    rows = ("mask", "alps", "alps-allocated")
+    config = CompareConfig(model="model", output="out", methods=rows, targets=("0.5",), seeds=(0,), rebuild=False)
+
+    def keys() -> dict[str, dict[str, object]]:
+        return {cell.method.value: cell_key(config, cell) for cell in plan_cells(config)}
+
+    before = keys()
+    monkeypatch.setitem(REVISIONS, Preset.MASK, 100)
+    assert keys() == before | {"mask": before["mask"] | {"revision": 100}}
+    monkeypatch.setattr("llm_barber.comparison.planned.ALLOCATION_REVISION", 200)
+    changed = keys()
+    assert changed["alps-allocated"] == before["alps-allocated"] | {"revision": 200}
+    assert changed["alps"] == before["alps"]

@@ -7,7 +7,7 @@ from typing import Any
 
 from llm_barber.method.held_out import JUDGE_REVISION
 from llm_barber.settings.compare import CompareConfig, CompareRow, target_settings
-from llm_barber.settings.presets import PRESETS, REVISIONS, Allocation, Preset, Refine
+from llm_barber.settings.presets import ALLOCATION_REVISION, PRESETS, REVISIONS, Allocation, Refine
 from llm_barber.settings.refining import sequences_a_step, windows_in_key
 from llm_barber.text.calibration import token_shape
 from llm_barber.text.suffixes import TOKEN_FILE_SUFFIX
@@ -70,16 +70,17 @@ def cell_settings(config: CompareConfig, cell: Cell) -> dict[str, Any]:
 
 def cell_key(config: CompareConfig, cell: Cell) -> dict[str, Any]:
     """All that decides a cell's result besides the settings that all cells share."""
-    # An allocated method has the allocation of the preset `mask`.
-    preset = Preset.MASK if cell.method.allocated else cell.method.preset
+    preset = cell.method.preset
     key = cell_settings(config, cell)
     if cell.method.initial.revision > 1:
         key["initial_revision"] = cell.method.initial.revision
+    if cell.method.allocated:
+        key["revision"] = ALLOCATION_REVISION
     if preset is not None:
         key["revision"] = REVISIONS[preset]
         if PRESETS[preset].reorder and "pattern" in key:
             key["reorder"] = True
-    if cell.method.preset is not None and PRESETS[cell.method.preset].refine is Refine.TUNE:
+    if preset is not None and PRESETS[preset].refine is Refine.TUNE:
         key |= windows_in_key(sequences_a_step(math.prod(calibration_shape(config))))
         if JUDGE_REVISION > OLDEST_JUDGE:
             key["held_out"] = JUDGE_REVISION

@@ -63,6 +63,8 @@ PRESETS = {
 }
 # Raise a preset's revision whenever its masks or weights change: `compare` then measures its finished cells again.
 REVISIONS = {Preset.PAPER: 1, Preset.MASK: 6, Preset.BEST: 8}
+# Raise it, too, whenever the presets' allocation changes: `compare` then measures other methods with it again.
+ALLOCATION_REVISION = 5
 SWAPS, PATTERN_SWAPS = 100, 400  # at most, in a row; with N:M more swaps lower the error
 TARGET_MIX = 0.5
 PATTERN_TARGET_MIX = 0.75  # for tuning of N:M masks
