@@ -17,10 +17,13 @@ from pathlib import Path
 from typing import Any
 
 from common import model_folder, show
+from transformers import AutoTokenizer
 
 from llm_barber import EvaluateConfig, PruneConfig, evaluate, prune
 from llm_barber.settings.presets import PRESETS, Preset, Refine
 from llm_barber.settings.refining import sequences_a_step, windows_in_key
+from llm_barber.text.calibration import read_text
+from llm_barber.text.windows import windows_of
 from llm_barber.usage import machine, versions
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
@@ -91,6 +94,13 @@ class Rows:
         )  # fmt: skip
         return folder, report.seconds["total"]
 
+    def samples_for(self, seconds: float, seconds_of_pruning: float) -> int:
+        """Give the number of calibration windows that are pruned in so many seconds, or all that the text has."""
+        text, seqlen = self.options.calibration, self.options.calibration_seqlen
+        samples = round(self.options.samples * seconds / seconds_of_pruning)
+        tokenizer = AutoTokenizer.from_pretrained(self.dense)
+        return min(samples, len(windows_of(read_text(text, samples * seqlen), tokenizer, seqlen, bos=True)[0]))
+
     def trained(self, pruned: Path, steps: int) -> tuple[Path, float]:
         """Train; the folder and the seconds, those of the steps that an earlier call made as long as this call's."""
         out = Path(f"{pruned}-trained-{steps}")
@@ -119,7 +129,11 @@ def main() -> None:
     parser.add_argument("--seqlen", type=int, default=512)
     parser.add_argument("--rate", type=float, default=5e-5)
     parser.add_argument("--bf16", action="store_true")
-    parser.add_argument("--more", action="store_true", help="also prune with more text, for as long as the training")
+    parser.add_argument(
+        "--more",
+        action="store_true",
+        help="also prune with more text, for as long as pruning and training took, or with all of it",
+    )
     parser.add_argument("--texts", default="wikitext2", help="held-out texts, with commas")
     parser.add_argument("--windows", type=int, default=64)
     parser.add_argument("--tasks", default="", help="tasks of lm-eval, with commas")
@@ -145,7 +159,7 @@ def main() -> None:
             )
             made[f"{preset}, {target}, trained on {steps * WINDOWS_A_STEP * options.seqlen:,} tokens"] = after
             if options.more:
-                samples = round(options.samples * (1 + after["seconds"] / before["seconds"]))
+                samples = rows.samples_for(before["seconds"] + after["seconds"], before["seconds"])
                 made[f"{preset}, {target}, {samples} windows of calibration"] = rows.row(
                     f"{name}-more",
                     {**key, **rows.text_key(preset, samples)},

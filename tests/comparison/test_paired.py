@@ -112,8 +112,8 @@ def test_a_task_whose_accuracy_is_a_probability_does_not_count() -> None:
     (table,) = tables_by_target(comparison)
     assert table.paired is not None
     assert table.paired.rows[0].cells[0].startswith("-25.0 ± ")
-    assert "Tasks that no difference counts: hard. " in markdown(comparison)
-    assert "Tasks that no difference counts" not in markdown(compared())
+    assert "No differences paired by example on: hard. " in markdown(comparison)
+    assert "No differences paired by example" not in markdown(compared())
 
 
 @pytest.mark.parametrize("digits", ["012", "1 0", ""])

@@ -41,8 +41,8 @@ def notes(comparison: Comparison) -> list[str]:
     ]
     if left_out := tasks_without_answers(comparison.dense):
         lines.append(
-            f"Tasks that no difference counts: {', '.join(sorted(left_out))}. The dense model's answers to them are "
-            "not right or wrong: they are probabilities, or an earlier version did not keep them."
+            f"No differences paired by example on: {', '.join(sorted(left_out))}. Which of the dense model's answers "
+            "are right is not known: the task scores probabilities, or an earlier version kept no answers."
         )
     if unpaired := _rows_without_answers(comparison):
         lines.append(
