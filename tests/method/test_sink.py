@@ -1,7 +1,10 @@
 """Tuning of a model with an attention sink: one token whose states are a hundred times as large as the others'."""
 
 import math
+from collections import defaultdict
+from itertools import product
 from pathlib import Path
+from statistics import mean, median
 from typing import Any
 
 import pytest
@@ -12,6 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from llm_barber import PruneConfig, RunReport, prune
 from llm_barber.method import clipped_gradients, distance
+from llm_barber.planning.description import ranges
 from llm_barber.record.file import read_record
 from tests.conftest import Listener, make_model
 
@@ -48,7 +52,7 @@ def make_windows(seed: int) -> Tensor:
 
 
 def states(folder: Path, windows: Tensor) -> list[Tensor]:
-    """The output of each decoder layer but the last, (windows, tokens, hidden)."""
+    """The outputs of all decoder layers but the last, each (windows, tokens, hidden)."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     with torch.no_grad():
         return list(model(windows, output_hidden_states=True).hidden_states[1:-1])
@@ -108,31 +112,40 @@ def test_passes_that_harm_the_other_tokens_are_rejected(
         assert by_plain_squares > 1.2 * error
 
 
-def test_tuning_brings_the_other_tokens_nearer(
-    tmp_path: Path, dense: Path, seed: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """After the last layer the error of the other tokens is at least 2.5 % less; `best` repairs the sink, too.
-
-    If gradients count the sink in full, tuning gains nothing: held-out windows reject nearly every pass.
-    """
+def errors_after_pruning(folder: Path, seed: int, **settings: Any) -> Tensor:
+    """Squared errors (sink, other tokens) after the last layer but one, in windows that no run has seen."""
+    dense = folder / "dense"
+    _, output = prune_with_sink(folder, dense, seed, **settings)
     unseen = make_windows(seed + 100)
-    before = states(dense, unseen)
+    squares = (states(dense, unseen)[-1] - states(output, unseen)[-1]).square().sum((0, 2))
+    return torch.stack((squares[0], squares[1:].sum()))
 
-    def errors(**settings: Any) -> list[tuple[float, float]]:
-        """Squared errors of the sink and of the other tokens after each layer, in windows that no run has seen."""
-        _, output = prune_with_sink(tmp_path, dense, seed, **settings)
-        pairs = zip(before, states(output, unseen), strict=True)
-        squares = [(dense_state - pruned_state).square().sum((0, 2)) for dense_state, pruned_state in pairs]
-        return [(of_tokens[0].item(), of_tokens[1:].sum().item()) for of_tokens in squares]
 
-    sink, others = errors(initial="wanda", allocation="loss", rebuild=False, guard=None)[-1]
-    mask, best = (errors(preset=preset)[-1] for preset in ("mask", "best"))
-    assert mask[1] < 0.975 * others
-    assert best[1] < 0.975 * others
-    assert best[0] < 0.1 * sink
-    monkeypatch.setattr(clipped_gradients, "HUGE_TERM", math.inf)
-    for preset in ("mask", "best"):
-        assert errors(preset=preset)[-1][1] > 0.99 * others
+def test_tuning_brings_the_other_tokens_nearer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The other tokens' error falls by 3 % with `mask` and by 5 % with `best`, mean of four models.
+
+    In most of them `best` repairs the sink, too. If gradients count the sink in full, the error falls by less than 2 %,
+    since held-out windows reject nearly every pass.
+    """
+    bounds = {"clipped": clipped_gradients.HUGE_TERM, "not clipped": math.inf}
+    sink: dict[tuple[str, str], list[float]] = defaultdict(list)
+    others: dict[tuple[str, str], list[float]] = defaultdict(list)
+    for seed in range(4):
+        folder = tmp_path / str(seed)
+        make_model_with_sink(folder / "dense", seed)
+        untuned = errors_after_pruning(folder, seed, initial="wanda", allocation="loss", rebuild=False, guard=None)
+        for case in product(("mask", "best"), bounds):
+            preset, clipping = case
+            monkeypatch.setattr(clipped_gradients, "HUGE_TERM", bounds[clipping])
+            ratios = (errors_after_pruning(folder, seed, preset=preset) / untuned).tolist()
+            sink[case].append(ratios[0])
+            others[case].append(ratios[1])
+
+    assert mean(others["mask", "clipped"]) < 0.97
+    assert mean(others["best", "clipped"]) < 0.95
+    assert mean(others["mask", "not clipped"]) > 0.98
+    assert mean(others["best", "not clipped"]) > 0.98
+    assert median(sink["best", "clipped"]) < 0.1
 
 
 def test_a_run_says_where_one_token_has_most_of_the_distance(tmp_path: Path, dense: Path, seed: int) -> None:
@@ -142,7 +155,7 @@ def test_a_run_says_where_one_token_has_most_of_the_distance(tmp_path: Path, den
     assert all(share is not None for share in shares)
     ruled = [layer.index for layer in report.layers if layer.concentration and layer.concentration.token_after > 0.5]
     assert 0 in ruled
-    assert any(f": {', '.join(map(str, ruled))}. Many models" in message for message in listener.warnings)
+    assert any(f"of 3 ({ranges(ruled)})" in message for message in listener.warnings)
     assert RunReport.model_validate_json(report.to_json()) == report
 
 
@@ -153,6 +166,7 @@ def test_a_record_without_the_shares_is_read(tmp_path: Path, dense: Path, seed: 
     layers = tuple(layer.model_copy(update={"concentration": None}) for layer in report.layers)
     older = report.model_copy(update={"layers": layers})
     assert "concentration" not in older.to_json()
+    assert "concentration" not in older.model_dump_json(exclude_none=True)
     (output / "barber.json").write_text(older.to_json())
     record = read_record(output)
     assert record is not None

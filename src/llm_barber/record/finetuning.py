@@ -27,5 +27,5 @@ class FineTuning(Result):
         """Leave the note out where it is False: older records stay readable."""
         content: dict[str, Any] = serialize(self)
         if not self.others_are_dense:
-            del content["others_are_dense"]
+            content.pop("others_are_dense", None)
         return content

@@ -142,7 +142,7 @@ class LayerResult(Result):
         """Leave the key out where nothing was measured: records that were written before it existed stay readable."""
         content: dict[str, Any] = serialize(self)
         if self.concentration is None:
-            del content["concentration"]
+            content.pop("concentration", None)
         return content
 
     @property

@@ -112,7 +112,7 @@ class RunReport(Result):
         content: dict[str, Any] = serialize(self)
         for name in ("rounding", "fine_tuning"):
             if getattr(self, name) is None:
-                del content[name]
+                content.pop(name, None)
         return content
 
     @model_validator(mode="after")

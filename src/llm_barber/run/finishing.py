@@ -9,6 +9,7 @@ from llm_barber.checkpoint.packed_configuration import CONFIGURATION, plain_conf
 from llm_barber.checkpoint.state import Used
 from llm_barber.method.few_tokens import FEW_TOKENS
 from llm_barber.model.empty import auto_class
+from llm_barber.planning.description import ranges
 from llm_barber.progress import Progress
 from llm_barber.record.card import model_card
 from llm_barber.record.layers import LayerResult
@@ -90,11 +91,12 @@ def warn_of_results(prepared: PreparedRun, report: RunReport, progress: Progress
         progress.warn("PyTorch adds up a gradient of this model in no fixed order: another run may give other bytes")
     if sinks := layers_ruled_by_one_token(report):
         layers = "layer" if len(sinks) == 1 else "layers"
-        page = "; the page of the run has its share" if prepared.config.report else ""
+        page = f"; {PAGE_NAME} has its share by layer" if prepared.config.report else ""
         progress.warn(
-            "after tuning, one token of a window has more than half of the remaining distance in "
-            f"{len(sinks)} {layers} of {len(report.layers)}: {', '.join(map(str, sinks))}. Many models have such a "
-            f"token (an attention sink); held-out windows count it for less{page}"
+            "after tuning, one token of each window has more than half of the remaining distance in "
+            f"{len(sinks)} {layers} of {len(report.layers)} ({ranges(sinks)}). Nothing has to be done: mostly it is "
+            "an attention sink, the first token with huge states, and tuning does not let it outvote the other tokens "
+            f"(docs/method/tuning.md, attention sinks){page}"
         )
     idle_experts = {
         (layer.index, linear.name.rpartition(".")[0])
