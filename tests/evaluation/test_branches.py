@@ -11,6 +11,9 @@ from hypothesis import strategies as st
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from llm_barber import EvaluateConfig, evaluate
+
+pytest.importorskip("lm_eval")
+
 from llm_barber.evaluation.branches import MOST_TOKENS, Branched, branched, make_batch
 from llm_barber.evaluation.language_model import NOT_SHARED, StreamedLanguageModel
 from llm_barber.evaluation.streamed import StreamedModel

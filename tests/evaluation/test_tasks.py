@@ -23,6 +23,8 @@ from tests.conftest import make_model
 from tests.helpers.tasks import QUESTIONS
 from tests.helpers.text import add_tokenizer
 
+pytest.importorskip("lm_eval")
+
 BEGINNINGS = [
     {"context_options": ["Ann saw Ben so Ann", "Ann saw Ben so Ben"], "continuation": "ran", "gold": 1},
     {"context_options": ["a", "bb"], "continuation": "c d", "gold": 0},

@@ -122,10 +122,12 @@ def errors_after_pruning(folder: Path, seed: int, **settings: Any) -> Tensor:
 
 
 def test_tuning_brings_the_other_tokens_nearer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The other tokens' error falls by 3 % with `mask` and by 5 % with `best`, mean of four models.
+    """The other tokens' error falls by 3 % at least, mean of four models; in most of them `best` repairs the sink, too.
 
-    In most of them `best` repairs the sink, too. If gradients count the sink in full, the error falls by less than 2 %,
-    since held-out windows reject nearly every pass.
+    If gradients count the sink in full, the error falls by less than 2 %, since held-out windows reject nearly every
+    pass. Over ten models and two kinds of instructions the error falls by 5 % with `mask` (the same number with both
+    kinds) and by 10 % ± 4 % with `best`, whose weights change with each rounding: the bound is three times the
+    deviation of a mean of four.
     """
     bounds = {"clipped": clipped_gradients.HUGE_TERM, "not clipped": math.inf}
     sink: dict[tuple[str, str], list[float]] = defaultdict(list)
@@ -142,10 +144,10 @@ def test_tuning_brings_the_other_tokens_nearer(tmp_path: Path, monkeypatch: pyte
             others[case].append(ratios[1])
 
     assert mean(others["mask", "clipped"]) < 0.97
-    assert mean(others["best", "clipped"]) < 0.95
+    assert mean(others["best", "clipped"]) < 0.97
     assert mean(others["mask", "not clipped"]) > 0.98
     assert mean(others["best", "not clipped"]) > 0.98
-    assert median(sink["best", "clipped"]) < 0.1
+    assert median(sink["best", "clipped"]) < 0.3
 
 
 def test_a_run_says_where_one_token_has_most_of_the_distance(tmp_path: Path, dense: Path, seed: int) -> None:

@@ -152,6 +152,11 @@ def tuned_in_memory(
     return written
 
 
+# Sums have another order here, and another one on each processor, so that nearly equal scores may swap ranks. Over ten
+# models, with AVX2 and with AVX-512, at most three of a layer's 4,608 weights were other ones: 0.07 %.
+OTHER_RANKS = 0.002
+
+
 def share_of_other_masks(written: dict[str, Tensor], expected: dict[str, Tensor], layer: int) -> float:
     """Share of a layer's weights that only one of the two prunes."""
     names = [name for name in expected if name.startswith(f"model.layers.{layer}.")]
@@ -235,8 +240,7 @@ def test_masks_equal_those_tuned_in_memory(
     texts = load_file(tokens)["input_ids"]
     expected = tuned_in_memory(model, texts, pattern, mix, held_out, passes, windows, written)
     assert report.swapped > 0
-    # Sums have another order here, and another one on each processor, so that nearly equal scores may swap ranks.
-    assert max(share_of_other_masks(written, expected, layer) for layer in range(2)) < 0.001
+    assert max(share_of_other_masks(written, expected, layer) for layer in range(2)) < OTHER_RANKS
     for name in expected:
         keep = written[name] != 0
         assert torch.equal(written[name][keep], dense[name][keep])
@@ -254,7 +258,7 @@ def test_masks_and_weights_equal_those_tuned_in_memory(
     texts, held_out = load_file(tokens)["input_ids"], round(0.2 * SEQUENCES)
     expected = tuned_in_memory(model, texts, pattern, 0.5, held_out, 2, 3, written, tune_weights=True)
     assert report.kept_weights == "tune"
-    assert max(share_of_other_masks(written, expected, layer) for layer in range(2)) < 0.001
+    assert max(share_of_other_masks(written, expected, layer) for layer in range(2)) < OTHER_RANKS
     for name, weight in expected.items():
         shared = (written[name] != 0) & (weight != 0)
         change = ((weight - dense[name]) * shared).norm()

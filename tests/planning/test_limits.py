@@ -118,11 +118,10 @@ for number, settings in enumerate(json.loads(sys.argv[1])):
             sys.exit(f"run {number} ended with status {status}")
         continue
     settings = {"output": f"{sys.argv[2]}/{number}", "report": False, "memory": 1, **settings}
-    for _ in range(2):  # what is refused first leaves some memory in use
-        try:
-            prune(PruneConfig(**{**settings, "memory": 1}))
-        except SettingsError as error:
-            settings["memory"] = error.hint.split()[3] + "GiB"
+    try:
+        prune(PruneConfig(**settings))
+    except SettingsError as error:  # what is refused leaves some memory in use: the hint has room for that
+        settings["memory"] = error.hint.split()[3] + "GiB"
     threading.Thread(target=watch, daemon=True).start()
     prune(PruneConfig(**settings))
     print(json.dumps([peak, PruneConfig(**settings).memory]), flush=True)

@@ -77,7 +77,7 @@ def _convert(path: Path, folder: Path) -> None:
             config = AutoConfig.from_pretrained(source, gguf_file=name)
             check_counts(config.to_dict(), str(path))
             model, loading = AutoModelForCausalLM.from_pretrained(
-                source, config=config, gguf_file=name, dtype=DTYPE, output_loading_info=True
+                source, config=config, gguf_file=name, dtype=DTYPE, output_loading_info=True, **_dequantized()
             )
             _refuse_missing(path, loading)
             tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=name)
@@ -99,6 +99,14 @@ def _convert(path: Path, folder: Path) -> None:
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     _add_rope_theta(folder / "config.json")
+
+
+def _dequantized() -> dict[str, Any]:
+    """Arguments that ask transformers for plain weights; its releases before 5.25 give no others."""
+    import transformers
+
+    quantization = getattr(transformers, "GgufConfig", None)
+    return {} if quantization is None else {"quantization_config": quantization(dequantize=True)}
 
 
 @contextmanager

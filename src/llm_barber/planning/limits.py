@@ -13,6 +13,8 @@ from llm_barber.usage import readable_bytes
 # Factor that the counted memory may be wrong by; copies of the largest stored decoder layer that are counted at least
 # (read ahead, computed with, pruned, transposed, ranked, to write); bytes that libraries keep for themselves.
 MARGIN, COPIES_OF_A_LAYER, LIBRARIES = 1.2, 10, 2**26
+# Bytes that a hint adds: a process holds a little more or less before its first layer at each start.
+OTHER_START = 2**26
 # Factor and bytes for the device's memory, not measured yet: of one process, and of several, which communicate by NCCL.
 DEVICE_MARGIN, DEVICE_LIBRARIES = 1.3, 2**30
 DEVICE_MARGIN_TOGETHER, DEVICE_LIBRARIES_TOGETHER = 2.0, 2**31
@@ -45,7 +47,7 @@ def left_for_activations(memory: int, process: int, model: ModelShapes, recipe: 
                 "{memory}: {given} is too little, even with all calibration activations in files",
                 given=readable_bytes(memory, 1024),
             ),
-            f"give at least {math.ceil(100 * needed / 2**30) / 100:.2f} GiB; a smaller --batch-size or --seqlen needs "
-            "less",
+            f"give at least {math.ceil(100 * (needed + OTHER_START) / 2**30) / 100:.2f} GiB; a smaller --batch-size or "
+            "--seqlen needs less",
         )
     return memory - needed
