@@ -17,12 +17,12 @@ from unittest.mock import patch
 
 import torch
 from common import keep, show
+from llm_barber.model.expert_products import Products
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
-from llm_barber.model.expert_products import Products
 from llm_barber.model.experts import Experts, split_experts
 
 # Hidden features, features inside an expert, experts, experts of a token.

@@ -5,7 +5,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -19,7 +19,6 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from llm_barber.checkpoint.digests import DIGEST, with_digest
 from llm_barber.model.empty import auto_class
-from llm_barber.model.expert_products import Products
 from llm_barber.progress import Silent
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # each has a processor to itself, and so have the processes that it starts
@@ -313,9 +312,3 @@ def llama(tmp_path: Path) -> Path:
 def tokens(tmp_path: Path) -> Path:
     """Calibration tokens for the tiny models."""
     return save_tokens(tmp_path / "tokens.safetensors")
-
-
-@pytest.fixture
-def force_products(monkeypatch: pytest.MonkeyPatch) -> Callable[[Products], None]:
-    """Compute all experts in a given way."""
-    return lambda products: monkeypatch.setattr("llm_barber.model.experts.choose_products", lambda *_: products)

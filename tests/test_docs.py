@@ -24,8 +24,6 @@ from llm_barber.settings.presets import (
     Preset,
 )
 from llm_barber.settings.refining import passes_over, sequences_a_step
-from llm_barber.settings.selftest import Check
-from llm_barber.tools.selftest.masks import MASK_CHECKS
 from tests.conftest import FAMILIES, make_config
 from tests.helpers.pages import (
     CONTRIBUTING,
@@ -47,7 +45,6 @@ SOURCE = ROOT / "src" / "llm_barber"
 FOREIGN = {"--retain_reconstruction", "--weight_sparsity", "--reallocation"}  # options of other programs
 TORCHRUN = {"--nproc-per-node", "--nnodes", "--node-rank", "--master-addr", "--master-port"}
 PARTS = {"Guide", "Reference", "Method", "Results", "Notebook", "Project"}
-GPU_CHECKS = DOCS / "reference" / "gpu-checks.md"
 TUNING, FAMILIES_PAGE = DOCS / "method" / "tuning.md", DOCS / "reference" / "families.md"
 
 
@@ -193,18 +190,6 @@ def test_defaults_are_what_pages_say() -> None:
     assert f"`--calibration {fields['calibration'].default}` (default, needs no network)" in start
     assert "(default 0.5)" in start
     assert "(default: 0.5)" in (fields["sparsity"].description or "")
-
-
-def test_checks_of_selftest_and_their_bounds_are_what_the_reference_says() -> None:
-    page = GPU_CHECKS.read_text(encoding="utf-8")
-    checks = page[page.index("## What is checked") : page.index("## How far masks may differ")]
-    assert re.findall(r"^\| `([\w-]+)` \|", checks, re.MULTILINE) == list(Check)
-    bounds = page[page.index("## How far masks may differ") : page.index("## Not covered")]
-    rows = re.findall(r"^\| `(\w+)` \| ([\d.]+) % \| ([\d.]+) % \|$", bounds, re.MULTILINE)
-    assert {name: (float(full), float(half)) for name, full, half in rows} == {
-        name: (pytest.approx(100 * method.float32), pytest.approx(100 * method.half))
-        for name, method in MASK_CHECKS.items()
-    }
 
 
 def test_an_example_of_sparsities_is_read(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import llm_barber
 PACKAGE = Path(llm_barber.__file__).parent
 # A room imports from the rooms before it, from itself and from the root.
 ROOMS = (
-    "native", "gpu", "masking", "checkpoint", "parallel", "text", "model", "settings", "record", "loading",
+    "native", "masking", "checkpoint", "parallel", "text", "model", "settings", "record", "loading",
     "evaluation", "page", "method", "planning", "run", "runtime", "comparison", "tools", "cli",
 )  # fmt: skip
 ROOT_MODULES = {"__init__", "__main__", "errors", "messages", "progress", "usage"}
@@ -24,23 +24,15 @@ FORBIDDEN = {
 }
 ALLOWED_IN_MASKING = {
     "torch", "torch.nn.functional", "numpy", "collections.abc", "dataclasses", "enum", "fractions", "contextlib",
-    "typing", "scipy.optimize", "llm_barber.gpu.steps", "llm_barber.native.borders",
+    "typing", "scipy.optimize", "llm_barber.native.borders",
 }  # fmt: skip
 
 
 LONGEST_FUNCTION, MOST_PARAMETERS = 60, 8  # lines; parameters without self and cls
 # Functions that may have more parameters, each with the reason.
-MANY_PARAMETERS = dict.fromkeys(
-    (
-        "gpu/gate.py:_gate_back",
-        "gpu/rotary.py:_rotate",
-        "gpu/sums.py:_add_scaled",
-        "runtime/kernels/decode.py:_decode",
-        "runtime/kernels/decode_rows.py:_decode_rows",
-        "runtime/kernels/unpack.py:_unpack",
-    ),
-    "a Triton kernel takes every pointer, size and constant as a parameter",
-)
+MANY_PARAMETERS = {
+    "runtime/decode_kernel.py:_decode": "a Triton kernel takes every pointer, size and constant as a parameter",
+}
 
 
 def imported_names(path: Path) -> set[str]:

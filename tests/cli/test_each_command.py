@@ -161,13 +161,6 @@ def compare(models: Models) -> None:
     assert (out / "comparison.html").is_file()
 
 
-def selftest(models: Models) -> None:
-    shown = run("selftest", "--device", "cpu", "--checks", "packed,masks").stdout
-    assert "### llm-barber selftest: 1 passed, 0 failed, 1 not run" in shown
-    assert "not run (the device is the CPU itself)" in shown
-    assert "packed float32 weights" in shown
-
-
 def report(models: Models) -> None:
     page = models.folder / "page.html"
     shown = run("report", models.pruned, "--output", page).stdout
@@ -176,8 +169,7 @@ def report(models: Models) -> None:
 
 
 RUNS: dict[str, Callable[[Models], None]] = {
-    check.__name__: check
-    for check in (prune, rebuild, plan, inspect, pack, unpack, convert, evaluate, compare, report, selftest)
+    check.__name__: check for check in (prune, rebuild, plan, inspect, pack, unpack, convert, evaluate, compare, report)
 }
 
 

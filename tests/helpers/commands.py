@@ -15,13 +15,11 @@ from llm_barber.settings.inspect import InspectConfig
 from llm_barber.settings.plan import PlanConfig
 from llm_barber.settings.prune import PruneConfig, RebuildConfig
 from llm_barber.settings.report import ReportConfig
-from llm_barber.settings.selftest import SelftestConfig
 
 CONFIGS: dict[str, type[Settings]] = {
     "prune": PruneConfig, "rebuild": RebuildConfig, "plan": PlanConfig, "inspect": InspectConfig, "pack": PackConfig,
     "unpack": PackConfig, "convert": ConvertConfig, "evaluate": EvaluateConfig, "generate": GenerateConfig,
     "compare": CompareConfig, "report": ReportConfig, "demo": DemoConfig,
-    "selftest": SelftestConfig,
 }  # fmt: skip
 ARGUMENTS = {
     "prune": {"model": "MODEL", "output": "OUT"},
@@ -36,7 +34,6 @@ ARGUMENTS = {
     "compare": {"model": "MODEL", "output": "OUT"},
     "report": {"folder": "OUT"},
     "demo": {},
-    "selftest": {},
 }
 COMMANDS: dict[str, Any] = dict(get_command(app).commands)  # type: ignore[attr-defined]
 

@@ -1,14 +1,9 @@
-"""Experts of tiny models, and the ways of computing them."""
+"""Experts of tiny models."""
 
-from typing import Any
-
-import pytest
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 
-from llm_barber.model.expert_products import Products
 from llm_barber.model.experts import Experts, is_fused, split_experts
 from tests.conftest import make_config
 
@@ -19,22 +14,6 @@ FAMILIES = {
     "gpt_oss": {"num_local_experts": EXPERTS},
     "nemotron_h": {"n_routed_experts": EXPERTS},
 }
-GROUPED = pytest.param(
-    Products.GROUPED,
-    marks=pytest.mark.skipif(not hasattr(nn.functional, "grouped_mm"), reason="this PyTorch has no grouped_mm"),
-)
-TOGETHER = [Products.PADDED, GROUPED]
-
-
-class Operations(TorchDispatchMode):
-    """Counts the operations that PyTorch starts, without views."""
-
-    count = 0
-
-    def __torch_dispatch__(self, function: Any, _: Any, arguments: tuple[Any, ...] = (), named: Any = None) -> Any:
-        views = [value.alias_info is not None and not value.alias_info.is_write for value in function._schema.returns]
-        self.count += not views or not all(views)
-        return function(*arguments, **(named or {}))
 
 
 def split(family: str, dtype: torch.dtype, **changes: int) -> Experts:

@@ -18,13 +18,12 @@ def test_sums_are_their_definitions(numbers: int, of_values: torch.dtype, monkey
     exact = values.double()
     for dtype in (torch.float32, torch.float64):
         total = before.to(dtype, copy=True)
-        add_scaled(total, [values], [SCALE], begins=False)
+        add_scaled(total, values, SCALE, begins=False)
         torch.testing.assert_close(total.double(), before.double() + 0.75 * exact, rtol=1e-6, atol=1e-6)
         torch.testing.assert_close(total, before.to(dtype).addcmul(values, SCALE))  # as a GPU adds
         begun = torch.full_like(before, torch.nan, dtype=dtype)
-        add_scaled(begun, [values], [SCALE], begins=True)
+        add_scaled(begun, values, SCALE, begins=True)
         assert torch.equal(begun, values.to(dtype) * 0.75)
-        assert torch.equal(begun, torch.mul(values, SCALE.to(dtype), out=torch.empty_like(begun)))  # as a GPU begins
         product = before.to(dtype, copy=True)
         assert multiply(product, values) is product
         assert torch.equal(product, before.to(dtype) * values.to(dtype))
@@ -42,9 +41,9 @@ def test_rows_at_a_time_change_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
     for numbers in (2**17, 100):
         monkeypatch.setattr(by_rows, "NUMBERS", numbers)
         totals = [torch.ones(40, 33) for _ in range(4)]
-        add_scaled(totals[0], [values, values], [SCALE, SCALE], begins=False)
+        add_scaled(totals[0], values, SCALE, begins=False)
         add_squares(totals[1], values, SCALE[0])
         multiply(totals[2], values)
-        add_scaled(totals[3], [values, values], [SCALE, SCALE], begins=True)
+        add_scaled(totals[3], values, SCALE, begins=True)
         by_size.append(totals)
     assert all(torch.equal(*pair) for pair in zip(*by_size, strict=True))

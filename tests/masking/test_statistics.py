@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from llm_barber.masking.gradient_squares import GradientSquares, _add_squares_at_once, _add_squares_by_rows
+from llm_barber.masking.gradient_squares import GradientSquares
 from llm_barber.masking.gram import GramMatrix, TargetMoments
 from llm_barber.masking.products import exact_half_products
 from llm_barber.masking.statistics import InputMoments, InputSquares
@@ -61,15 +61,12 @@ def test_gradient_squares_square_before_they_sum() -> None:
 def test_squares_are_added_at_once_as_by_rows(dtype: torch.dtype) -> None:
     """A GPU's way, on the CPU; a model's gradients are as small as the factor makes them."""
     gradient = torch.randn(2, 7, 3, generator=torch.Generator().manual_seed(1)).to(dtype)
-    at_once, by_rows = torch.ones(3, 6) * 1e-9, torch.ones(3, 6) * 1e-9
-    scales = torch.tensor([2.0**-9, 2.0**-8])
-    _add_squares_at_once(at_once, inputs(dtype)[:2], gradient, scales, 2 / 300)
-    for number in range(2):
-        _add_squares_by_rows(by_rows, inputs(dtype)[number], gradient[number], scales[number], 2 / 300)
+    squares, scales = GradientSquares((3, 6), gradient.device), torch.tensor([2.0**-9, 2.0**-8])
+    squares.update(inputs(dtype)[:2], gradient, scales, 2 / 300)
     products = gradient.double().transpose(1, 2) @ inputs(dtype)[:2].double() * scales.view(-1, 1, 1) * 2 / 300
-    exact = products.square().sum(0) + 1e-9
-    torch.testing.assert_close(at_once, by_rows, rtol=1e-6, atol=0)
-    torch.testing.assert_close(at_once.double(), exact, rtol=2e-2 if dtype == torch.bfloat16 else 1e-5, atol=1e-10)
+    exact = products.square().sum(0)
+    tolerance = 2e-2 if dtype == torch.bfloat16 else 1e-5
+    torch.testing.assert_close(squares.total.double(), exact, rtol=tolerance, atol=1e-10)
 
 
 def test_half_precision_products_do_not_overflow() -> None:

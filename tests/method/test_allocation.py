@@ -15,8 +15,6 @@ from llm_barber.masking.budget import removal_costs, spread_budget
 from llm_barber.masking.gradient_squares import FisherSums
 from llm_barber.masking.owl import layer_sparsities, outlier_share
 from llm_barber.masking.saliency import wanda
-from llm_barber.method import allocation
-from llm_barber.model.streams import ActivationStreams
 from tests.conftest import make_model, read_folder, save_tokens
 from tests.helpers.runs import read_untimed_files, run_stopped
 from tests.model.reference import captured, first_call
@@ -179,38 +177,29 @@ def test_by_loss_goes_on_with_the_sparsities_that_it_had(
     assert read_untimed_files(tmp_path / "again") == read_untimed_files(tmp_path / "out")
 
 
-@pytest.mark.parametrize(("room", "reads"), [(None, [3, 3, 3]), (1.5, [2, 3, 3]), (3, [2, 2, 2])])  # in layers
-def test_each_tensor_is_read_once_for_pruning_and_once_for_the_allocation_if_layers_fit_the_device(
-    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch, room: float | None, reads: list[int]
+def test_each_layer_is_read_once_for_pruning_and_twice_for_the_allocation(
+    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Tensors outside the layers are read once in all."""
     tokens = save_tokens(tmp_path / "tokens.safetensors")
     settings = {"dtype": "float32", "batch_size": 2, "report": False, "allocation": "loss", "rebuild": False}
     prune(PruneConfig(model=model, output=tmp_path / "out", calibration=tokens, **settings))
     tensors = load_file(model / "model.safetensors")
-    size = sum(tensor.nbytes for name, tensor in tensors.items() if ".layers.0." in name)
-    by_loss, read = allocation._by_loss, CheckpointSource.read
+    read = CheckpointSource.read
     seen: Counter[str] = Counter()
-
-    def with_room(initial: Any, layers: Any, outside: Any, streams: ActivationStreams, *rest: Any) -> Any:
-        streams.memory.room = None if room is None else int(room * size)
-        result = by_loss(initial, layers, outside, streams, *rest)
-        assert streams.memory.room == (None if room is None else int(room * size))
-        return result
 
     def noted(source: CheckpointSource, names: Iterable[str], *rest: Any) -> Any:
         names = list(names)
         seen.update(names)
         return read(source, names, *rest)
 
-    monkeypatch.setattr(allocation, "_by_loss", with_room)
     monkeypatch.setattr(CheckpointSource, "read", noted)
     prune(PruneConfig(model=model, output=tmp_path / "again", calibration=tokens, **settings))
     assert [seen[name] for name in tensors if ".layers." not in name] == [
         1,
         1,
     ]  # the embedding, which is the head, and the norm
-    assert [seen[f"model.layers.{index}.self_attn.q_proj.weight"] for index in range(3)] == reads
+    assert [seen[f"model.layers.{index}.self_attn.q_proj.weight"] for index in range(3)] == [3, 3, 3]
     assert read_untimed_files(tmp_path / "again") == read_untimed_files(tmp_path / "out")
 
 

@@ -1,7 +1,6 @@
-"""A layer of experts: its statistics, gradients and groups do not depend on how experts are computed."""
+"""A layer of experts: gradients equal autograd's, and linears that read one tensor share a statistic."""
 
 import math
-from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -9,18 +8,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from llm_barber.masking.gradient_squares import FisherSums, GradientSquares
-from llm_barber.masking.gram import GramMatrix, mirror
-from llm_barber.masking.statistics import InputMoments, InputSquares
+from llm_barber.masking.gradient_squares import GradientSquares
+from llm_barber.masking.statistics import InputSquares
 from llm_barber.method import clipped_gradients
 from llm_barber.method.clipped_gradients import clipped_gradients_by_weights
 from llm_barber.method.input_statistics import collect_inputs
 from llm_barber.model.architecture import Block
 from llm_barber.model.block import DecoderLayer
-from llm_barber.model.expert_products import Products
-from llm_barber.model.layer_gradients import block_gradients, loss_gradients, output_gradients
+from llm_barber.model.layer_gradients import block_gradients, output_gradients
 from llm_barber.parallel.ranks import Ranks
-from tests.helpers.experts import EXPERTS, HIDDEN, TOGETHER, split
+from tests.helpers.experts import EXPERTS, HIDDEN, split
 
 SEQUENCES, TOKENS = 5, 24
 
@@ -75,73 +72,9 @@ def streams(hidden: Tensor) -> Any:
     )
 
 
-Computed = dict[str, dict[str, list[Tensor]]]
-
-
-def compute(family: str, chosen: Callable[[str], bool]) -> Computed:
-    """Statistics of a layer's chosen linears, by kind and linear."""
-    layer, block = decoder_layer(family)
-    hidden = states()
-    results: Computed = {}
-    layer.select([name for name in layer.linears if chosen(name)])
-    for statistic in (InputSquares, InputMoments, GramMatrix):
-        collected = collect_inputs(layer, streams(hidden), statistic)
-        results[statistic.__name__] = {name: list(of_linear.parts()) for name, of_linear in collected.items()}
-        if statistic is GramMatrix:
-            results["GramMatrix"] = {
-                name: [mirror(total.clone()), *rest] for name, (total, *rest) in results["GramMatrix"].items()
-            }
-    names = [name for name in block.linears if chosen(name)]
-    squares = {name: GradientSquares(tuple(layer.linears[name].weight.shape), hidden.device) for name in names}
-    fishers = {name: FisherSums(tuple(linear.weight.shape), hidden.device) for name, linear in layer.linears.items()}
-    reduced = Block(block.name, block.output, tuple(names))
-    by_input = []
-    for batch in (slice(0, 2), slice(2, SEQUENCES)):
-        output, losses = block_gradients(layer, reduced, hidden[batch], states(1)[batch], {}, squares)
-        by_input += [output, losses, loss_gradients(layer, hidden[batch], states(2)[batch], fishers)]
-    results["squares"] = {name: of_linear.parts() for name, of_linear in squares.items()}
-    results["fishers"] = {name: of_linear.parts() for name, of_linear in fishers.items()}
-    results["states"] = {"": by_input}
-    weights = {name: linear.weight.clone() for name, linear in layer.linears.items()}
-    parts, scale = output_gradients(layer, weights, hidden[:1], lambda output: 2 * output)
-    results["tuning"] = {name: [values * scale] for name, values in clipped_gradients_by_weights(parts).items()}
-    inputs = layer.inputs_of(names, hidden, {})
-    results["inputs"] = {name: [values.square().sum(1)] for name, values in inputs.items()}
-    return results
-
-
-CHOSEN: dict[str, Callable[[str], bool]] = {
-    "all": lambda _: True,
-    "some": lambda name: name not in ("mlp.experts.1.gate_proj", "mlp.experts.2.up_proj") and "experts.3" not in name,
-}
-
-
-@pytest.mark.parametrize("which", CHOSEN)
 @pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss", "nemotron_h"])
-@pytest.mark.parametrize("products", TOGETHER)
-def test_statistics_are_those_of_experts_one_by_one(
-    products: Products, family: str, which: str, force_products: Callable[[Products], None]
-) -> None:
-    force_products(Products.LOOP)
-    expected = compute(family, CHOSEN[which])
-    force_products(products)
-    results, again = compute(family, CHOSEN[which]), compute(family, CHOSEN[which])
-    for kind, of_kind in expected.items():
-        assert set(results[kind]) == set(of_kind)
-        largest = max(float(total.abs().max()) for totals in of_kind.values() for total in totals)
-        for name, totals in of_kind.items():
-            for result, same, of in zip(results[kind][name], again[kind][name], totals, strict=True):
-                assert torch.equal(result, same)
-                torch.testing.assert_close(result, of, rtol=1e-4, atol=1e-5 * largest)
-
-
-@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss", "nemotron_h"])
-@pytest.mark.parametrize("products", [Products.LOOP, *TOGETHER])
-def test_gradients_by_weights_equal_autograd(
-    products: Products, family: str, force_products: Callable[[Products], None], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_gradients_by_weights_equal_autograd(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(clipped_gradients, "HUGE_TERM", math.inf)
-    force_products(products)
     layer, _ = decoder_layer(family)
     weights = {name: linear.weight.clone().requires_grad_() for name, linear in layer.linears.items()}
     loss = layer.output_with(weights, states()[:1]).square().sum()
@@ -159,12 +92,8 @@ def test_gradients_by_weights_equal_autograd(
         torch.testing.assert_close(gradient * scale, expected[name], rtol=1e-4, atol=1e-5 * largest)
 
 
-@pytest.mark.parametrize("products", [Products.LOOP, *TOGETHER])
-def test_gate_and_up_share_a_statistic_and_a_group(
-    products: Products, force_products: Callable[[Products], None]
-) -> None:
+def test_gate_and_up_share_a_statistic_and_a_group() -> None:
     layer, block = decoder_layer("qwen3_moe")
-    force_products(products)
     collected = collect_inputs(layer, streams(states()), InputSquares)
     statistics = {id(statistic) for statistic in collected.values()}
     assert len(statistics) == 1 + 2 * EXPERTS
@@ -177,12 +106,8 @@ def test_gate_and_up_share_a_statistic_and_a_group(
     assert len(groups) == 2 * EXPERTS
 
 
-@pytest.mark.parametrize("products", [Products.LOOP, *TOGETHER])
-def test_several_calls_of_experts_count_as_more_tokens(
-    products: Products, force_products: Callable[[Products], None]
-) -> None:
+def test_several_calls_of_experts_count_as_more_tokens() -> None:
     """A layer that calls its experts on each half of the features' sum: gradients add up before they are squared."""
-    force_products(products)
     layer, block = decoder_layer("nemotron_h")
     mixture: Any = layer.module.mlp
     once = mixture.forward

@@ -1,12 +1,10 @@
-"""Sums of gradients: the same bytes however many sequences are added together."""
+"""Sums of gradients are their definition, sequence after sequence."""
 
 import pytest
 import torch
 from torch import Tensor
 
-from llm_barber.gpu.kernels import DTYPES
-from llm_barber.method import gradient_sums
-from llm_barber.method.gradient_sums import GATHERED, GradientSums, gradients_gathered
+from llm_barber.method.gradient_sums import GradientSums
 
 WEIGHTS = {"a": torch.empty(3, 5), "b": torch.empty(2, 4), "idle": torch.empty(1, 2)}
 
@@ -25,13 +23,8 @@ def gradients(dtype: torch.dtype) -> list[tuple[dict[str, Tensor], Tensor]]:
     ]
 
 
-@pytest.mark.parametrize("together", [1, 2, 4])
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_sums_are_those_of_one_sequence_after_the_other(
-    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, together: int
-) -> None:
-    monkeypatch.setattr(gradient_sums, "has_kernels", lambda *_: True)
-    monkeypatch.setattr(gradient_sums, "gradients_gathered", lambda *_: together)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_sums_are_those_of_one_sequence_after_the_other(dtype: torch.dtype) -> None:
     sums = GradientSums(WEIGHTS, dtype)
     wider = torch.float64 if dtype == torch.float32 else torch.float32
     for step in (gradients(dtype), gradients(dtype)[1:4]):  # the second begins anew
@@ -45,20 +38,3 @@ def test_sums_are_those_of_one_sequence_after_the_other(
         backwards = sum(values["a"].to(wider) * scale for values, scale in reversed(step))
         assert not torch.equal(found["a"], backwards)  # the order shows
         assert all(found[name].dtype == wider and torch.equal(found[name], each) for name, each in expected.items())
-
-
-def test_a_gpu_gathers_the_gradients_of_a_step_if_they_are_small_and_in_half_precision() -> None:
-    assert [gradients_gathered(GATHERED // 2 // share, 2) for share in (1, 2, 3, 4, 10)] == [1, 2, 3, 4, 4]
-    assert gradients_gathered(GATHERED, 2) == 1
-    assert gradients_gathered(0, 2) == 4
-    assert gradients_gathered(10**6, 4) == 1
-
-
-@pytest.mark.parametrize(("having", "held"), [(set(), 0), ({torch.float32}, 0), ({torch.bfloat16}, 1)])
-def test_a_device_without_the_kernels_holds_no_gradients(
-    monkeypatch: pytest.MonkeyPatch, having: set[torch.dtype], held: int
-) -> None:
-    monkeypatch.setattr(gradient_sums, "has_kernels", lambda _, dtype: dtype in having)
-    sums = GradientSums(WEIGHTS, torch.bfloat16)
-    sums.add(*gradients(torch.bfloat16)[1])
-    assert len(sums._gathered) == held

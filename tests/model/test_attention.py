@@ -7,10 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
-from torch.overrides import TorchFunctionMode
 
 from llm_barber.model import attention
-from llm_barber.model.attention import BlockedAttention, CausalAttention, RepeatedKeys, fast_attention
+from llm_barber.model.attention import BlockedAttention, CausalAttention, fast_attention
 
 SHAPES = [(1, 1), (4, 4), (4, 2), (6, 1)]  # heads, key heads
 
@@ -111,57 +110,6 @@ def test_it_is_used_only_where_it_is_faster(monkeypatch: pytest.MonkeyPatch) -> 
         for device, dtype in product(("cpu", "meta"), (torch.bfloat16, torch.float32, torch.float16)):
             wanted = native and device == "cpu" and dtype == torch.bfloat16
             assert isinstance(fast_attention(torch.device(device), dtype), BlockedAttention) == wanted
-
-
-@pytest.mark.parametrize(
-    ("capability", "dtype", "repeats"),
-    [
-        (7, torch.float16, True),
-        (7, torch.float32, True),
-        (8, torch.float32, True),
-        (8, torch.float16, False),
-        (9, torch.bfloat16, False),
-    ],
-)
-def test_keys_are_repeated_where_a_gpu_has_no_flash_kernel(
-    capability: int, dtype: torch.dtype, repeats: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("torch.cuda.get_device_capability", lambda _: (capability, 0))
-    assert isinstance(fast_attention(torch.device("cuda"), dtype), RepeatedKeys) == repeats
-
-
-class _Noted(TorchFunctionMode):
-    """Notes the heads of queries and of keys, and whether they are shared, for each call of attention."""
-
-    def __init__(self, calls: list[tuple[int, int, bool]]) -> None:
-        super().__init__()
-        self.calls = calls
-
-    def __torch_function__(
-        self, function: Any, types: Any, arguments: tuple[Any, ...] = (), keywords: dict[str, Any] | None = None
-    ) -> Any:
-        keywords = keywords or {}
-        if function is scaled_dot_product_attention:
-            query, key, _ = arguments
-            self.calls.append((query.shape[1], key.shape[1], keywords.get("enable_gqa", False)))
-        return function(*arguments, **keywords)
-
-
-@pytest.mark.parametrize("masked", [False, True])
-def test_repeated_keys_give_the_same_attention(masked: bool) -> None:
-    query, key, value = make_inputs(6, 2, 20, torch.float32)
-    mask = torch.ones(20, 20, dtype=torch.bool).tril() if masked else None
-
-    def attend(*inputs: torch.Tensor) -> torch.Tensor:
-        return scaled_dot_product_attention(*inputs, attn_mask=mask, is_causal=not masked, enable_gqa=True)
-
-    expected = attend(query, key, value)
-    with RepeatedKeys():
-        torch.testing.assert_close(attend(query, key, value), expected)
-    heads: list[tuple[int, int, bool]] = []
-    with _Noted(heads), RepeatedKeys():
-        attend(query, key, value)
-    assert heads == [(6, 6, False)]
 
 
 def test_a_sequence_has_the_same_bits_in_any_batch() -> None:

@@ -13,7 +13,7 @@ from llm_barber.masking.gradient_squares import FisherSums, GradientSquares
 from llm_barber.model.architecture import ARCHITECTURES, LLAMA, Architecture, Block
 from llm_barber.model.block import DecoderLayer
 from llm_barber.model.gradients import reconstruction_errors
-from llm_barber.model.hooks import InputVisitor, removed
+from llm_barber.model.hooks import InputVisitor
 from llm_barber.model.layer_gradients import block_gradients, loss_gradients, output_gradients
 from tests.conftest import make_model
 from tests.model.reference import first_call
@@ -141,11 +141,7 @@ def test_gradients_by_outputs_give_those_by_weights(transposed: bool) -> None:
     parts, scale = output_gradients(
         layer, {name: weight.detach() for name, weight in weights.items()}, hidden, lambda output: output
     )
-    gradients = {
-        name: (part.gradients[index, 0].t() @ part.inputs[index, 0]) * scale
-        for part in parts
-        for index, name in enumerate(part.names)
-    }
+    gradients = {part.name: (part.gradients[0].t() @ part.inputs[0]) * scale for part in parts}
     assert set(gradients) == {"query", "output"}
     for name, gradient in zip(weights, expected, strict=True):
         assert (name in gradients) == (gradient is not None)
@@ -160,10 +156,8 @@ def test_a_linear_that_the_output_does_not_depend_on_is_an_error(case: Case) -> 
     loss_gradients(layer, hidden, torch.ones_like(hidden), sums)
     (activation,) = (child for name, child in module.named_modules() if name.endswith(("act_fn", "activation_fn")))
     before = "gate_proj" if architecture is LLAMA else "fc1"
-    with (
-        removed(activation.register_forward_hook(lambda _, __, output: torch.zeros_like(output))),
-        pytest.raises(ModelError, match=f"no gradient by .*{before}") as caught,
-    ):
+    activation.register_forward_hook(lambda _, __, output: torch.zeros_like(output))
+    with pytest.raises(ModelError, match=f"no gradient by .*{before}") as caught:
         loss_gradients(layer, hidden, torch.ones_like(hidden), sums)
     assert "--exclude" in caught.value.hint
 
@@ -181,8 +175,8 @@ def test_replay_gives_the_layer_the_kept_output(case: Case) -> None:
 
 
 def noting(seen: dict[str, Tensor]) -> InputVisitor:
-    """Visitor that notes the inputs of each linear, (1, sequences, tokens, in)."""
-    return lambda rows: seen.update((str(name), part.values) for part in rows for name in part.names)
+    """Visitor that notes the inputs of each linear, (sequences, tokens, in)."""
+    return seen.__setitem__
 
 
 def test_all_linears_are_visited_and_the_layer_is_not_run_to_its_end(case: Case) -> None:
@@ -196,7 +190,7 @@ def test_all_linears_are_visited_and_the_layer_is_not_run_to_its_end(case: Case)
     assert set(seen) == set(architecture.linears)
     assert not ended
     assert seen["self_attn.q_proj"] is seen["self_attn.k_proj"]
-    assert all(inputs.shape[:3] == (1, *hidden.shape[:2]) for inputs in seen.values())
+    assert all(inputs.shape[:2] == hidden.shape[:2] for inputs in seen.values())
 
 
 def test_a_layer_that_is_run_to_its_end_gives_its_output(case: Case) -> None:

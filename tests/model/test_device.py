@@ -3,16 +3,12 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from torch import nn
 from transformers import MambaConfig
 
 from llm_barber.errors import SettingsError
-from llm_barber.gpu.out_of_memory import is_out_of_memory
 from llm_barber.model.device import (
     current_gpu_kept,
-    fitting_batch,
     free_device_memory,
-    needed_memory,
     resolve_batch_size,
     resolve_device,
     resolve_dtype,
@@ -90,33 +86,6 @@ def test_a_run_on_the_cpu_leaves_cuda_alone(monkeypatch: pytest.MonkeyPatch) -> 
         pass
 
 
-def test_batches_that_fit() -> None:
-    """By-hand memory of the wider layer: 40 bytes a weight, then 10 · 4 · widest + 2 · 2 · sides a token."""
-    narrow = nn.ModuleDict({"up": nn.Linear(4, 8, bias=False)})
-    wide = nn.ModuleDict({"experts": nn.ModuleList([nn.ModuleDict({"up": nn.Linear(4, 8, bias=False)})] * 3)})
-    wide["attention"] = nn.Linear(6, 6, bias=False)
-    layers = nn.ModuleList([narrow, wide])
-    weights, token = 32 + 36, 10 * 4 * 8 + 2 * 2 * (2 * 12 + 12)
-    for sequences in (1, 3):
-        free = 40 * weights + sequences * 5 * token
-        assert fitting_batch(layers, 5, free, torch.bfloat16, experts_per_token=2) == sequences
-        assert fitting_batch(layers, 5, free - 1, torch.bfloat16, experts_per_token=2) == max(1, sequences - 1)
-    free = 40 * weights + 3 * (5 * token + 5**2 * 24)  # 24 bytes for each pair of tokens
-    assert fitting_batch(layers, 5, free, torch.bfloat16, 2, score_bytes=24) == 3
-    assert fitting_batch(layers, 5, free - 1, torch.bfloat16, 2, score_bytes=24) == 2
-    assert fitting_batch(layers, 5, 0, torch.bfloat16) == 1
-    assert fitting_batch(layers, 5, 10**6, torch.bfloat16) > fitting_batch(layers, 5, 10**6, torch.float32)
-
-
-def test_memory_that_one_sequence_needs_is_what_fits_one() -> None:
-    layers = nn.ModuleList([nn.ModuleList([nn.Linear(8, 16), nn.Linear(16, 8)]), nn.Linear(4, 4)])
-    needed = needed_memory(layers, 5, torch.bfloat16)
-    assert fitting_batch(layers, 5, 2 * needed, torch.bfloat16) >= 2
-    weights, token = 2 * 8 * 16 + 16 + 8, 10 * 4 * 16 + 2 * 2 * (24 + 24)
-    assert needed == 40 * weights + 5 * token
-    assert needed_memory(layers, 5, torch.bfloat16, score_bytes=24) == needed + 5**2 * 24
-
-
 @pytest.mark.parametrize(("family", "stores"), [("gemma2", True), ("llama", False)])
 def test_families_whose_attention_stores_scores(family: str, stores: bool) -> None:
     config = make_config(family)
@@ -128,33 +97,6 @@ def test_a_model_without_attention_stores_no_scores() -> None:
     config = MambaConfig(hidden_size=8, num_hidden_layers=1, vocab_size=16)
     empty_model(config, torch.float32)
     assert stored_score_bytes(config) == 0
-
-
-@pytest.mark.parametrize(
-    ("error", "expected"),
-    [
-        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate"), True),
-        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), True),
-        (RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported"), True),
-        (RuntimeError("CUDA driver error: out of memory"), True),
-        (RuntimeError("cuda runtime error (2) : out of memory at /tmp/THCCachingHostAllocator.cpp:278"), True),
-        (RuntimeError("HIP out of memory. Tried to allocate 2.00 GiB"), True),
-        (RuntimeError("NCCL Error 1: unhandled cuda error\nCuda failure 2 'out of memory'"), True),
-        (RuntimeError("Triton Error [CUDA]: out of memory"), True),
-        (RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"), True),
-        (RuntimeError("cusolver error: CUSOLVER_STATUS_ALLOC_FAILED, when calling `cusolverDnCreate(handle)`"), True),
-        (RuntimeError("CUDA error: CUSPARSE_STATUS_ALLOC_FAILED when calling `cusparseLtInit(&handle)`"), True),
-        (RuntimeError("cuFFT error: CUFFT_ALLOC_FAILED"), True),
-        (RuntimeError("CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`"), True),
-        (RuntimeError("cusolver error: CUSOLVER_STATUS_INTERNAL_ERROR, when calling `cusolverDnCreate(handle)`"), True),
-        (RuntimeError("cuDNN error: CUDNN_STATUS_NOT_INITIALIZED"), True),
-        (RuntimeError("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling `cublasGemmEx(handle)`"), False),
-        (RuntimeError("cusolver error: CUSOLVER_STATUS_INTERNAL_ERROR, when calling `cusolverDnSpotrf(…)`"), False),
-        (RuntimeError("CUDA error: an illegal memory access was encountered"), False),
-    ],
-)
-def test_what_says_that_memory_is_out(error: RuntimeError, expected: bool) -> None:
-    assert is_out_of_memory(error) is expected
 
 
 def test_free_memory_is_what_the_process_may_take(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,6 @@ from safetensors.torch import load_file
 
 from llm_barber import PruneConfig, RunReport, prune
 from llm_barber.method import distance
-from llm_barber.model.expert_products import Products
 from llm_barber.parallel.ranks import Ranks, joined
 from llm_barber.run import stream as run_module
 from tests.conftest import make_model, read_folder, save_tokens
@@ -76,11 +75,7 @@ def test_all_processes_have_the_allocation_of_the_first(
 @pytest.mark.parametrize(
     "settings", [{"initial": "wanda"}, {"preset": "mask", "refine": "swaps"}], ids=["wanda", "swaps"]
 )
-def test_experts_are_visited_in_another_order_by_each_process(
-    tmp_path: Path, force_products: Callable[[Products], None], settings: dict[str, Any]
-) -> None:
-    """Experts that are computed together come in an order that depends on the tokens of the process."""
-    force_products(Products.PADDED)
+def test_experts_are_visited_in_another_order_by_each_process(tmp_path: Path, settings: dict[str, Any]) -> None:
     model = make_model(tmp_path / "dense", "qwen3_moe", num_experts=8, num_experts_per_tok=2)
     tokens = save_tokens(tmp_path / "tokens.safetensors", sequences=6, tokens=64)
 

@@ -8,15 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from safetensors.torch import load_file, save_file
 
 from llm_barber.checkpoint.digests import files_key
 from llm_barber.checkpoint.state import STATE_BEFORE, STATE_NAME
 from llm_barber.errors import OutputError
-from llm_barber.model.gpu_kernels import REVISION
-from llm_barber.run.prepared_run import PreparedRun
-from llm_barber.run.resume_key import resume_key
 from llm_barber.settings.initial import METHOD_FACTS, Initial
 from llm_barber.settings.presets import REVISIONS, Preset
 from tests.conftest import make_model, save_tokens
@@ -144,28 +140,6 @@ def test_a_run_that_was_judged_otherwise_is_refused(
     refused = pytest.raises(OutputError, match=r"(?m)another revision of the held-out windows$")
     with refused if tuned else nullcontext():
         run(model, tmp_path / "out", tokens, resume=True, refine=refine)
-
-
-@pytest.mark.parametrize("triton", [False, True])
-def test_a_gpu_resumes_only_what_its_kernels_computed(
-    tmp_path: Path, model: Path, tokens: Path, monkeypatch: pytest.MonkeyPatch, triton: bool
-) -> None:
-    keys = []
-
-    def of_both(prepared: PreparedRun) -> dict[str, Any]:
-        keys.append(resume_key(prepared))
-        with monkeypatch.context() as patch:
-            patch.setattr(prepared.job.skeleton, "device", torch.device("cuda"))
-            keys.append(resume_key(prepared))
-        return keys[0]
-
-    monkeypatch.setattr("llm_barber.run.stream.resume_key", of_both)
-    monkeypatch.setattr("llm_barber.gpu.kernels.has_kernels", lambda _, dtype: triton and dtype == torch.float32)
-    monkeypatch.setattr("llm_barber.run.resume_key.triton_version", lambda: "3.9")
-    run(model, tmp_path / "out", tokens)
-    name = "revision of a GPU's kernels"
-    having = "Triton 3.9's in float32" if triton else "none of Triton's"
-    assert [key["settings"].get(name) for key in keys] == [None, f"{REVISION}, {having}"]
 
 
 def test_source_key_sees_any_sampled_change(tmp_path: Path) -> None:

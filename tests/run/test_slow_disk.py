@@ -20,7 +20,6 @@ from llm_barber.errors import OutputError
 from llm_barber.model.array_memory import ArrayMemory
 from llm_barber.run import stream as run_module
 from tests.conftest import make_model
-from tests.helpers.copies import LateCopier, use_copier
 from tests.helpers.kills import (
     die_before_activations,
     die_before_claim,
@@ -60,9 +59,9 @@ def record_memory(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 @pytest.mark.parametrize(
-    ("settings", "arrays", "late"),
-    [({"initial": "wanda"}, 1, False), (TUNED, 2, False), (TUNED, 2, True)],
-    ids=["one stream", "two streams", "two streams, copied as on a GPU"],
+    ("settings", "arrays"),
+    [({"initial": "wanda"}, 1), (TUNED, 2)],
+    ids=["one stream", "two streams"],
 )
 def test_no_layer_waits_for_activations(
     tmp_path: Path,
@@ -71,15 +70,12 @@ def test_no_layer_waits_for_activations(
     monkeypatch: pytest.MonkeyPatch,
     settings: dict[str, Any],
     arrays: int,
-    late: bool,
 ) -> None:
     """A file takes as long as ten layers; a layer that waited for it would wait for ever.
 
     The arrays that are being written stay as they are: later layers write into others, which are all the memory that
     a slow disk costs.
     """
-    if late:
-        use_copier(LateCopier(), monkeypatch)
     with monkeypatch.context() as patch:
         expected, fast = slow_activations(patch, 0), record_memory(patch)
         keep_each_input(patch)

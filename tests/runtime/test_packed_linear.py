@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from llm_barber.checkpoint.encoding import pack
 from llm_barber.runtime import on_gpu, products
-from llm_barber.runtime.kernels.layout import Places, find_places
-from llm_barber.runtime.packed_linear import PackedLinear, unpack_on_device
+from llm_barber.runtime.on_gpu import unpack_on_device
+from llm_barber.runtime.packed_linear import PackedLinear
 
 
 @given(rows=st.integers(1, 9), columns=st.integers(1, 70), seed=st.integers(0, 999))
@@ -164,52 +164,6 @@ def test_inputs_of_another_width_are_refused() -> None:
     for rows in (2, 40):
         with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
             linear(torch.ones(rows, 16))
-
-
-def test_a_gpu_has_all_that_its_kernels_read_before_the_first_product(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A CUDA graph captures no lazy computation: places are found when the module moves or loads a state."""
-    (linear, _), (other, _), computed = make_linear(40, 300), make_linear(40, 300, seed=1), []
-    monkeypatch.setattr(on_gpu, "has_kernels", lambda _: True)
-
-    def noted(bits: Tensor, shape: tuple[int, int]) -> Places:
-        computed.append(bits)
-        return find_places(bits, shape)
-
-    def check_places(linear: PackedLinear, bits: Tensor) -> None:
-        places, expected = linear.gpu_weight().places, find_places(bits, (40, 300))
-        assert torch.equal(places.words, expected.words)
-        assert torch.equal(places.starts.int(), expected.starts.int())
-        assert torch.equal(places.row_starts, expected.row_starts)
-
-    monkeypatch.setattr(on_gpu, "find_places", noted)
-    nn.Sequential(linear).to("cpu", torch.bfloat16)
-    assert len(computed) == 1
-    check_places(linear, linear.bits)
-    nn.Sequential(linear).float()
-    copied = copy.deepcopy(linear)
-    check_places(copied, linear.bits)
-    assert len(computed) == 2  # a copy has places of its own
-    assert set(linear.state_dict()) == {"values", "bits", "bias"}
-    linear.bits, linear.values = other.bits, other.values  # replaced: the places are of other bits
-    check_places(linear, other.bits)
-    check_places(copied, copied.bits)
-    flipped = other.bits.flip(0)
-    linear.load_state_dict({**other.state_dict(), "bits": flipped})  # in place
-    assert len(computed) == 4
-    check_places(linear, flipped)
-    assert len(computed) == 4
-    monkeypatch.setattr(on_gpu, "has_kernels", lambda _: False)
-    linear.to("cpu")  # back: a GPU's memory is not held
-    assert linear._places._places is None
-
-
-def test_no_forward_searches_for_triton(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("importlib.util.find_spec", None)
-    monkeypatch.setattr(on_gpu, "find_spec", None)
-    linear, dense = make_linear(40, 64)
-    monkeypatch.setattr(on_gpu, "has_kernels", None)  # asked when the linear was made
-    check(linear, dense)
-    assert torch.equal(linear.weight, dense.weight)
 
 
 def test_a_linear_is_asked_for_its_device_where_its_buffers_are_replaced(monkeypatch: pytest.MonkeyPatch) -> None:

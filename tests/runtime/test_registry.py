@@ -91,13 +91,13 @@ def test_a_gpu_s_kernels_have_what_they_need_before_the_first_product(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, values: str
 ) -> None:
     """A CUDA graph may capture the first product: nothing may be made in it that later products read."""
-    dense = zero_weights(make_model(tmp_path / "dense", "llama", dtype=torch.bfloat16))
+    dense = zero_weights(make_model(tmp_path / "dense", "llama", dtype=torch.bfloat16, hidden_size=64))
     pack(PackConfig(model=str(dense), output=tmp_path / "packed", values=values))
     found: list[tuple[int, int]] = []
     monkeypatch.setattr(on_gpu, "has_kernels", lambda _: True)
     monkeypatch.setattr(on_gpu, "find_places", lambda _, shape: found.append(shape))
     AutoModelForCausalLM.from_pretrained(tmp_path / "packed", quantization_config=PackedConfig(keep_packed=True))
-    assert len(found) >= 14
+    assert len(found) >= 12
 
 
 @pytest.mark.parametrize("sharded", [False, True])

@@ -9,12 +9,11 @@ import typer
 
 from llm_barber.cli.app import command, print_json
 from llm_barber.cli.options import OUTPUT, JsonOption, QuietOption, VerboseOption
-from llm_barber.errors import InterruptedTextError, ModelError, VerificationError
+from llm_barber.errors import InterruptedTextError, ModelError
 from llm_barber.settings.compare import CompareConfig
 from llm_barber.settings.evaluate import EvaluateConfig
 from llm_barber.settings.generate import GenerateConfig
 from llm_barber.settings.report import ReportConfig
-from llm_barber.settings.selftest import SelftestConfig
 
 KeepOption = Annotated[
     bool,
@@ -145,32 +144,3 @@ def report(config: ReportConfig) -> None:
     from llm_barber.page.write import report as run
 
     print(run(config))
-
-
-@command(
-    SelftestConfig,
-    {},
-    ("llm-barber selftest --device cuda", "llm-barber selftest --device cuda:1 --checks masks,packed --json"),
-)
-def selftest(config: SelftestConfig, json: JsonOption = False, quiet: QuietOption = False) -> None:
-    """Check on a GPU that masks, memory and kernels are right, and print a report to paste into an issue.
-
-    It should take ten minutes at most. Models are random, except that of timed runs: nothing is downloaded. On a CPU it
-    runs the checks that a CPU can run. The exit code is 1 if a check fails, or if none could run.
-    """
-    from llm_barber.cli.progress import ConsoleProgress
-
-    with ConsoleProgress(quiet) as progress:
-        from llm_barber.tools.selftest.markdown import summary, to_markdown
-        from llm_barber.tools.selftest.result import Status
-        from llm_barber.tools.selftest.suite import selftest as run
-
-        report = run(config, progress)
-    if json:
-        print_json(report.model_dump(mode="json"))
-    else:
-        print(to_markdown(report), end="")
-    if failed := report.of_status(Status.FAILED):
-        raise VerificationError(f"{', '.join(failed)}: {summary(report)}", "paste the report above into an issue")
-    if not report.of_status(Status.PASSED):
-        raise VerificationError("no check could run", "the report says why; --device names another device")

@@ -21,7 +21,6 @@ from llm_barber.loading.opening import warn_of_lacking_buffers
 from llm_barber.loading.same_tokens import check_same_tokenizer, check_same_vocabulary
 from llm_barber.loading.tokenizer import check_vocabulary, load_tokenizer
 from llm_barber.model.device import resolve_batch_size, resolve_device, resolve_dtype
-from llm_barber.model.gpu_kernels import same_kernels
 from llm_barber.progress import Progress, Silent
 from llm_barber.settings.checked import takes
 from llm_barber.settings.evaluate import EvaluateConfig
@@ -97,7 +96,6 @@ class Evaluator:
         self._other_states: dict[str, HiddenStates] = {}
         self._other_tasks: TaskRun | None = None
 
-    @same_kernels()
     def measure(self, model: str, progress: Progress, with_tasks: bool = True) -> Evaluation:
         """Measure one model, on the texts and, unless `with_tasks` is False, on the tasks.
 

@@ -136,7 +136,7 @@ class Job:
         module = skeleton.load_layer(index, parameters)
         arguments = partial(skeleton.arguments, index)
         names = self.linears(index)
-        layer = DecoderLayer(module, names, arguments, self.architecture.transposed, skeleton.order)
+        layer = DecoderLayer(module, names, arguments, self.architecture.transposed)
         return layer, {name: self.architecture.convert_layout(parameters[f"{name}.weight"]) for name in names}
 
     def _other_locations(self, index: int, linear: str) -> list[Location]:

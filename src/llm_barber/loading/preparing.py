@@ -10,22 +10,12 @@ from llm_barber.checkpoint.hub import warn_of_revision
 from llm_barber.checkpoint.output import check_output
 from llm_barber.checkpoint.source import CheckpointSource
 from llm_barber.errors import ModelError, SettingsError
-from llm_barber.gpu.kernels import kernels_of_run, leave_out_kernels
 from llm_barber.loading.configuration import check_positions, load_config
 from llm_barber.loading.job import Job
 from llm_barber.loading.opening import check_tensors, open_skeleton, warn_of_lacking_buffers
 from llm_barber.loading.tokenizer import check_vocabulary, load_tokenizer
 from llm_barber.messages import SettingName, message
-from llm_barber.model.device import (
-    experts_per_token,
-    fitting_batch,
-    free_device_memory,
-    resolve_batch_size,
-    resolve_device,
-    resolve_dtype,
-    stored_score_bytes,
-)
-from llm_barber.model.skeleton import Skeleton
+from llm_barber.model.device import resolve_batch_size, resolve_device, resolve_dtype
 from llm_barber.model.structure import find_architecture
 from llm_barber.parallel.ranks import Ranks, local_rank
 from llm_barber.progress import Progress
@@ -34,28 +24,6 @@ from llm_barber.settings.run import RunSettings
 from llm_barber.settings.targets import Targets
 from llm_barber.text.calibration import CalibrationTokens, check_calibration, check_text_fits, load_calibration
 from llm_barber.text.suffixes import TOKEN_FILE_SUFFIX
-
-
-def sequences_together(
-    settings: RunSettings, skeleton: Skeleton, device: torch.device, sequences: int, seqlen: int, free: int
-) -> int:
-    """Number of sequences that are computed together: the setting's, or what suits the device.
-
-    `free`: bytes of memory that a GPU has left; not looked at on a CPU.
-    """
-    suits = resolve_batch_size(settings.batch_size, seqlen, sequences, device)
-    if settings.batch_size is not None or device.type != "cuda":
-        return suits
-    config = skeleton.model.config
-    fitting = fitting_batch(
-        skeleton.layers,
-        seqlen,
-        free,
-        skeleton.dtype,
-        experts_per_token=experts_per_token(config),
-        score_bytes=stored_score_bytes(config),
-    )
-    return min(suits, fitting)
 
 
 def read_calibration(settings: RunSettings, folder: Path) -> CalibrationTokens:
@@ -92,7 +60,6 @@ def open_job(
     job = _open_job(model, settings, targets, progress, ranks)
     if not local_rank():
         ranks.wait()
-    _agree_on_kernels(job.skeleton.device, job.skeleton.dtype, ranks)
     return job
 
 
@@ -115,8 +82,7 @@ def _open_job(model: str, settings: RunSettings, targets: Targets | None, progre
     needs_head = settings.allocated_by is Allocation.LOSS or settings.prunes_head
     check_tensors(skeleton, source, with_head=needs_head)
     warn_of_lacking_buffers(skeleton.model, source, progress)
-    free = free_device_memory(device, settings.device_memory) if device.type == "cuda" else 0
-    batch_size = sequences_together(settings, skeleton, device, sequences, seqlen, free)
+    batch_size = resolve_batch_size(settings.batch_size, seqlen, sequences, device)
     job = Job(
         source, text_config, architecture, tokens, skeleton, batch_size, ranks, settings.prunes_head,
     )  # fmt: skip
@@ -125,13 +91,6 @@ def _open_job(model: str, settings: RunSettings, targets: Targets | None, progre
         check_output(settings.output, settings.overwrite, job.bytes, settings.resume)
     _check_targets(job, targets)
     return job
-
-
-def _agree_on_kernels(device: torch.device, dtype: torch.dtype, ranks: Ranks) -> None:
-    """Let the GPUs of all processes compute with Triton's kernels, or none of them."""
-    having = ranks.total(*map(float, kernels_of_run(device, dtype).values()))
-    if any(0 < processes < ranks.count for processes in having):
-        leave_out_kernels()
 
 
 def _choose_device(settings: RunSettings, ranks: Ranks, progress: Progress) -> torch.device:

@@ -5,45 +5,48 @@ cache if it has only a few rows. A GPU converts as it reads: it takes whole matr
 nothing waits for it.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
-from llm_barber.gpu.steps import add_scaled as add_scaled_together
-
 NUMBERS = 2**17  # of a matrix that a CPU takes at a time
 
 
-def add_scaled(total: Tensor, values: Sequence[Tensor], scales: Sequence[Tensor], begins: bool) -> None:
-    """Add values, each times its scale, to a sum, one after the other.
+def add_scaled(total: Tensor, values: Tensor, scale: Tensor, begins: bool) -> None:
+    """Add values, times a scale, to a sum.
 
     Args:
         total: (out, in), float32 or float64.
-        values: each (out, in), of at most as many bits.
-        scales: each float32, (1,).
-        begins: the sum begins with the first values; its numbers so far are not read.
+        values: (out, in), of at most as many bits.
+        scale: float32, (1,).
+        begins: the sum begins with these values; its numbers so far are not read.
     """
     if total.device.type != "cpu":
-        add_scaled_together(total, values, torch.cat(list(scales)), begins)
+        if begins:
+            total.zero_()
+        total.addcmul_(values, scale)
         return
-    for number, (value, scale) in enumerate(zip(values, scales, strict=True)):
-        factor = scale.item()
-        for part, added in _by_rows(total, value):
-            if begins and number == 0:
-                part.copy_(added).mul_(factor)
-            else:
-                part.add_(added, alpha=factor)
+    factor = scale.item()
+    for part, added in _by_rows(total, values):
+        if begins:
+            part.copy_(added).mul_(factor)
+        else:
+            part.add_(added, alpha=factor)
 
 
 def add_squares(total: Tensor, values: Tensor, scale: Tensor) -> None:
-    """Add (scale · values)² to a sum, on a CPU.
+    """Add (scale · values)² to a sum.
 
     Args:
         total: (out, in), float32.
         values: (out, in), of at most as many bits.
         scale: float32, ().
     """
+    if total.device.type != "cpu":
+        scaled = values.float() * scale
+        total.addcmul_(scaled, scaled)
+        return
     factor = scale.item() ** 2
     for part, added in _by_rows(total, values):
         converted = added.float()

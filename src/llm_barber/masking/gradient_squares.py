@@ -3,12 +3,9 @@
 import torch
 from torch import Tensor
 
-from llm_barber.gpu.steps import add_squares as add_squares_in_turn
 from llm_barber.masking.by_rows import add_squares
 from llm_barber.masking.products import exact_half_products
 from llm_barber.masking.statistics import RunningSums, new_count
-
-SEQUENCES_TOGETHER, GRADIENT_BYTES = 4, 2**30  # a GPU holds gradients of so many sequences, or so many bytes, at a time
 
 
 class GradientSquares(RunningSums):
@@ -30,35 +27,14 @@ class GradientSquares(RunningSums):
             scale: (sequences,), float32, powers of two.
             factor: the same for all sequences.
         """
-        if inputs.device.type == "cpu":
-            for sequence, gradient, scaling in zip(inputs, output_gradient, scale, strict=True):
-                _add_squares_by_rows(self.total, sequence, gradient, scaling, factor)
-        else:
-            itemsize = 4 if inputs.dtype == torch.float16 else inputs.element_size()
-            size = gradients_together(self.total.numel(), itemsize)
-            for part in (slice(first, first + size) for first in range(0, len(inputs), size)):
-                _add_squares_at_once(self.total, inputs[part], output_gradient[part], scale[part], factor)
+        for sequence, gradient, scaling in zip(inputs, output_gradient, scale, strict=True):
+            add_squares(self.total, weight_gradients(gradient, sequence), scaling * factor)
         self.sequences += len(inputs)
 
     @property
     def mean(self) -> Tensor:
         """Mean squared gradient, float32 (out, in)."""
         return self.total / self.sequences.item()
-
-
-def _add_squares_by_rows(total: Tensor, inputs: Tensor, output_gradient: Tensor, scale: Tensor, factor: float) -> None:
-    """Add a sequence's squared gradient to `total`, (out, in), as a CPU is fastest: a few rows at a time."""
-    add_squares(total, weight_gradients(output_gradient, inputs), scale * factor)
-
-
-def _add_squares_at_once(total: Tensor, inputs: Tensor, output_gradient: Tensor, scale: Tensor, factor: float) -> None:
-    """Add squared gradients of some sequences to `total`, (out, in), as a GPU is fastest: in one pass over all."""
-    add_squares_in_turn(total, weight_gradients(output_gradient, inputs), scale * factor)
-
-
-def gradients_together(weights: int, itemsize: int) -> int:
-    """Number of sequences whose gradients by so many weights, of this itemsize, a GPU holds and adds up at a time."""
-    return max(1, min(SEQUENCES_TOGETHER, GRADIENT_BYTES // (weights * itemsize)))
 
 
 def weight_gradients(output_gradients: Tensor, inputs: Tensor) -> Tensor:

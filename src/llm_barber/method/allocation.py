@@ -152,7 +152,7 @@ def _forward(
     few_tokens: set[str] = set()
     for index, layer, _ in layers.opened(range(job.layer_count), wanted_again=True):
         layer.forget_tokens()
-        inputs.append([streams.unpinned_copy(streams.read(HIDDEN, batch)) for batch in batches])
+        inputs.append([streams.copy_off_device(streams.read(HIDDEN, batch)) for batch in batches])
         for batch in batches:
             streams.write(HIDDEN, batch, layer.output(streams.read(HIDDEN, batch)))
         names = linears_with_few_tokens(layer, total_token_counts(layer, streams.ranks))

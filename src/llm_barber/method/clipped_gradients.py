@@ -27,34 +27,23 @@ def clipped_gradients_by_weights(parts: Sequence[LinearGradients]) -> dict[str, 
     Returns:
         (out, in), by linear, in the dtype of `weight_gradients`.
     """
-    results: dict[str, Tensor] = {}
-    for part, root in zip(parts, _root_factors(parts), strict=True):
+    results = {}
+    for name, inputs, gradients in parts:
         # The root of s scales both factors of a term: s itself could underflow in float16.
-        gradients, inputs = (part.gradients * root).flatten(1, 2), (part.inputs * root).flatten(1, 2)
-        if len(part.names) == 1:  # a CPU multiplies two matrices faster than two stacks of one matrix
-            results[part.names[0]] = weight_gradients(gradients[0], inputs[0])
-        else:
-            results |= zip(part.names, weight_gradients(gradients, inputs).unbind(0), strict=True)
+        root = _root_factors(inputs, gradients)
+        results[name] = weight_gradients((gradients * root).flatten(0, 1), (inputs * root).flatten(0, 1))
     return results
 
 
-def _root_factors(parts: Sequence[LinearGradients]) -> list[Tensor]:
-    """Root of the factor s of each token, (linears, sequences, tokens, 1), in the gradients' dtype, for each part.
+def _root_factors(inputs: Tensor, gradients: Tensor) -> Tensor:
+    """Root of the factor s of each token, (sequences, tokens, 1), in the gradients' dtype.
 
-    Parts of the same numbers of sequences and tokens are computed together: a GPU takes longer to start than to compute
-    them. Tokens without a gradient, and the zeros that pad the inputs of experts, are left out of the median.
+    Tokens without a gradient, and the zeros that pad the inputs of experts, are left out of the median.
     """
-    sizes = [_norms(part.inputs) * _norms(part.gradients) for part in parts]
-    roots: dict[int, Tensor] = {}
-    for shape in {of_part.shape[1:] for of_part in sizes}:
-        alike = [index for index, of_part in enumerate(sizes) if of_part.shape[1:] == shape]
-        joined = torch.cat([sizes[index] for index in alike])
-        bound = HUGE_TERM * torch.where(joined > 0, joined, torch.nan).nanmedian(-1, keepdim=True).values
-        # Without any gradient the bound is NaN, and nothing is scaled.
-        root = torch.where(joined > bound, (bound / joined).sqrt(), 1.0).unsqueeze(-1)
-        of_parts = torch.split(root.to(parts[alike[0]].gradients.dtype), [len(parts[index].names) for index in alike])
-        roots |= zip(alike, of_parts, strict=True)
-    return [roots[index] for index in range(len(parts))]
+    sizes = _norms(inputs) * _norms(gradients)
+    bound = HUGE_TERM * torch.where(sizes > 0, sizes, torch.nan).nanmedian(-1, keepdim=True).values
+    # Without any gradient the bound is NaN, and nothing is scaled.
+    return torch.where(sizes > bound, (bound / sizes).sqrt(), 1.0).unsqueeze(-1).to(gradients.dtype)
 
 
 def _norms(values: Tensor) -> Tensor:

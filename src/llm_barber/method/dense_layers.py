@@ -27,38 +27,33 @@ def first_input_kept(streams: ActivationStreams) -> Iterator[None]:
 class DenseLayers:
     """Dense decoder layers, whose linears that are pruned are selected; the next layer is read ahead.
 
-    A layer that is wanted again stays on the device if there is room beside the activations: it is read and copied
-    once. On CPUs no layer stays, so that memory holds one layer at a time.
-
     Args:
         initial_masks: says which linears are pruned.
-        streams: the activations, and the room that they leave.
-        following: a reader that begins when all layers are read that are not wanted again.
+        streams: the activations.
+        following: a reader that begins when the last pass has read all layers.
     """
 
     def __init__(
         self, initial_masks: InitialMasks, streams: ActivationStreams, following: ReadAhead | None = None
     ) -> None:
         self._initial_masks, self._streams, self._following = initial_masks, streams, following
-        self._kept: dict[int, dict[str, Tensor]] = {}
 
     def opened(
         self, order: Sequence[int], wanted_again: bool = False
     ) -> Iterator[tuple[int, DecoderLayer, dict[str, Tensor]]]:
-        """Open layers in this order; each comes with its number and the weights of its linears, (out, in)."""
+        """Open layers in this order; each comes with its number and the weights of its linears, (out, in).
+
+        `wanted_again`: another pass follows.
+        """
         job, streams = self._initial_masks.job, self._streams
-        read = [job.layer_tensors[index] for index in order if index not in self._kept]
+        read = [job.layer_tensors[index] for index in order]
         following = None if wanted_again else self._following
-        with ReadAhead(job.source, read, streams.memory.pinned, following) as ahead:
+        with ReadAhead(job.source, read, streams.device.type != "cpu", following) as ahead:
             ahead.begin()
             for index in order:
-                tensors = self._kept.pop(index) if index in self._kept else job.moved(ahead.take())
                 try:
-                    layer, weights = job.open_layer(index, tensors)
+                    layer, weights = job.open_layer(index, ahead.take())
                     layer.select(self._initial_masks.linears(index))
                     yield index, layer, weights
                 finally:
                     job.skeleton.release_layer(index)
-                if wanted_again and streams.memory.keep_on_device(tensors.values()):
-                    self._kept[index] = tensors
-                del tensors  # the next layer is taken before the name is set again

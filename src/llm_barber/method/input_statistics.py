@@ -1,14 +1,12 @@
 """Running statistics of the inputs of a layer's linears."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
-from llm_barber.masking.together import update_together
 from llm_barber.model.block import DecoderLayer
-from llm_barber.model.gradients import Rows
 from llm_barber.model.streams import HIDDEN, ActivationStreams
 
 
@@ -71,25 +69,16 @@ class _Updating(Generic[AnyStatistic]):
     ) -> None:
         self._layer, self._statistics, self._statistic = layer, statistics, statistic
         self._latest: Tensor | None = None
-        self._updated: dict[tuple[int, int], AnyStatistic] = {}  # with the latest tensors, by index among and in them
+        self._shared: AnyStatistic | None = None  # updated with the latest tensor
 
-    def __call__(self, rows: Sequence[Rows]) -> None:
+    def __call__(self, name: str, inputs: Tensor) -> None:
         # A linear that is called several times has more inputs than its neighbours, and shares no statistic.
-        alone = any(not self._layer.called_again.isdisjoint(part.names) for part in rows)
-        if not alone and rows[0].values is not self._latest:
-            self._latest, self._updated = rows[0].values, {}
-        updated = {} if alone else self._updated
-        for number, (names, inputs) in enumerate(rows):
-            fresh = []
-            for index, name in enumerate(names):
-                if name is None:
-                    continue
-                if (number, index) not in updated:
-                    if name not in self._statistics:
-                        self._statistics[name] = self._statistic(inputs.shape[-1], inputs.device)
-                    updated[number, index] = self._statistics[name]
-                    fresh.append(index)
-                self._statistics[name] = updated[number, index]
-            if fresh:
-                chosen = inputs if len(fresh) == len(inputs) else inputs[fresh]
-                update_together([updated[number, index] for index in fresh], chosen)
+        alone = name in self._layer.called_again
+        if alone or inputs is not self._latest or self._shared is None:
+            if name not in self._statistics:
+                self._statistics[name] = self._statistic(inputs.shape[-1], inputs.device)
+            self._statistics[name].update(inputs)
+            if not alone:
+                self._latest, self._shared = inputs, self._statistics[name]
+        else:
+            self._statistics[name] = self._shared

@@ -12,11 +12,9 @@ damped, and whether the refined block is kept.
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from llm_barber.masking.gram import TargetMoments
-from llm_barber.masking.together import update_together
 from llm_barber.method.block_pass import BlockPass, dense_batches, measure_candidates, measured_windows
 from llm_barber.method.few_tokens import freeze_linears_with_few_tokens
 from llm_barber.method.pruned_linear import PrunedLinear
@@ -134,28 +132,12 @@ def _gather_moments(
             if crossed:
                 layer.set_weights(dense_weights)
                 dense_inputs = _dense_inputs(block_pass, names, batch, last)
-            _update(moments, inputs, dense_inputs)
+            for name, of_linear in moments.items():
+                of_linear.update(inputs[name], None if dense_inputs is None else dense_inputs[name])
         for name in names:
             streams.ranks.add(moments[name])
         gathered.append(moments)
     return gathered
-
-
-def _update(
-    moments: Mapping[str, TargetMoments], inputs: Mapping[str, Tensor], dense_inputs: Mapping[str, Tensor] | None
-) -> None:
-    """Add a batch to the moments of linears, by linear; on a GPU those whose inputs have one shape at once."""
-    alike: dict[object, list[str]] = {}
-    for name in moments:
-        alike.setdefault(name if inputs[name].device.type == "cpu" else inputs[name].shape, []).append(name)
-    for names in alike.values():
-        dense_values = None if dense_inputs is None else _stacked(names, dense_inputs)
-        update_together([moments[name] for name in names], _stacked(names, inputs), dense_values)
-
-
-def _stacked(names: list[str], inputs: Mapping[str, Tensor]) -> Tensor:
-    """Inputs of n linears, (n, sequences, tokens, in); of a single linear a view."""
-    return inputs[names[0]].unsqueeze(0) if len(names) == 1 else torch.stack([inputs[name] for name in names])
 
 
 def _freeze_linears_with_few_tokens(

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from llm_barber.method.pruned_linear import PrunedLinear, fixed_weights
-from llm_barber.model.expert_products import LARGE_WEIGHT
 from llm_barber.model.experts import mixture_of
+
+LARGE_WEIGHT = 2**24  # a GPU computes with so many elements for longer than the host takes to start an operation
 
 
 @dataclass(frozen=True)

@@ -1,22 +1,16 @@
-"""Attention by faster ways than those that PyTorch takes by itself.
+"""Causal attention in bfloat16 on a CPU, faster than PyTorch computes it by itself.
 
-On GPUs where the flash kernel does not run (float32, or compute capability below 8.0), PyTorch has no fused kernel for
-heads that share keys, and would store the scores of all pairs of tokens. There keys and values are repeated for each
-head, and the memory-efficient kernel computes attention. (Where it runs, it takes heads that share keys if the call
-says so. That of Falcon's multi-query attention does not, and PyTorch stores its scores.)
-
-On CPUs causal attention in bfloat16 is computed as products of matrices, by blocks of queries. PyTorch's own kernel
-reaches a tenth to a fifth of the rate of matrix products. Here a block of queries is multiplied by all the keys up to
-it; heads that share keys are multiplied together. That is as fast with large heads that share no keys, and up to 1.8
-times as fast with small heads that share keys (docs/notebook/speed.md). Query, key and value are kept for the backward
-pass, and the weights of the keys where they are small; otherwise they are computed again. `torch.func`'s transforms
-(`vmap`, `grad`) refuse this function.
+Attention is computed as products of matrices, by blocks of queries. PyTorch's own kernel reaches a tenth to a fifth of
+the rate of matrix products. Here a block of queries is multiplied by all the keys up to it; heads that share keys are
+multiplied together. That is as fast with large heads that share no keys, and up to 1.8 times as fast with small heads
+that share keys (docs/notebook/speed.md). Query, key and value are kept for the backward pass, and the weights of the
+keys where they are small; otherwise they are computed again. `torch.func`'s transforms (`vmap`, `grad`) refuse this
+function.
 
 All other attention goes to the kernel that PyTorch chooses.
 """
 
 import math
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -28,7 +22,6 @@ from torch.overrides import TorchFunctionMode
 
 from llm_barber.model.device import multiplies_bfloat16
 
-FLASH_CAPABILITY = 8  # compute capability, without the minor number, of the first GPUs with the flash kernel
 QUERIES = 128  # in a block
 KEY_STEP = 8  # every eighth key is tried for a large score
 KEPT_BYTES = 2**26  # most bytes of a call's weights of keys that are kept for the backward pass
@@ -38,18 +31,11 @@ def fast_attention(device: torch.device, dtype: torch.dtype) -> AbstractContextM
     """Let attention be computed within the context as it is fastest on the device."""
     if device.type == "cpu" and dtype == torch.bfloat16 and multiplies_bfloat16(device):
         return BlockedAttention()
-    if device.type == "cuda" and not _has_flash_kernel(device, dtype):
-        return RepeatedKeys()
     return nullcontext()
 
 
-def _has_flash_kernel(device: torch.device, dtype: torch.dtype) -> bool:
-    """Test for PyTorch's flash kernel on a GPU; it takes heads that share keys as they are."""
-    return dtype != torch.float32 and torch.cuda.get_device_capability(device)[0] >= FLASH_CAPABILITY
-
-
-class _AttentionMode(TorchFunctionMode, ABC):
-    """Lets calls of `scaled_dot_product_attention` within the context go to `attend`."""
+class BlockedAttention(TorchFunctionMode):
+    """Lets causal attention within the context go to `CausalAttention`, and all other to PyTorch's function."""
 
     def __torch_function__(
         self,
@@ -58,41 +44,14 @@ class _AttentionMode(TorchFunctionMode, ABC):
         arguments: tuple[Any, ...] = (),
         keywords: Mapping[str, Any] | None = None,
     ) -> Any:
-        """Call the function, or `attend` in its place."""
-        attends = function is scaled_dot_product_attention and len(arguments) >= 3
-        return (self.attend if attends else function)(*arguments, **(keywords or {}))
-
-    @abstractmethod
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, *others: Any, **keywords: Any) -> Tensor:
-        """Compute what `scaled_dot_product_attention` computes of the same arguments."""
-
-
-class RepeatedKeys(_AttentionMode):
-    """Gives each head keys and values of its own."""
-
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, *others: Any, **keywords: Any) -> Tensor:
-        """Call PyTorch's function; heads that share keys get copies."""
-        if query.dim() == 4 and key.shape[1] != query.shape[1]:
-            key, value = (repeat_heads(tensor, query.shape[1]) for tensor in (key, value))
-            keywords.pop("enable_gqa", None)
-        return scaled_dot_product_attention(query, key, value, *others, **keywords)
-
-
-def repeat_heads(tensor: Tensor, heads: int) -> Tensor:
-    """Repeat keys or values, (sequences, key heads, tokens, features), for `heads` heads; neighbours share."""
-    return tensor.repeat_interleave(heads // tensor.shape[1], 1)
-
-
-class BlockedAttention(_AttentionMode):
-    """Computes attention by blocks of queries where it can."""
-
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, *others: Any, **keywords: Any) -> Tensor:
-        """Let causal attention go to `CausalAttention`, and all other to PyTorch's function."""
-        if others or not _by_blocks(query, key, value, **keywords):
-            return scaled_dot_product_attention(query, key, value, *others, **keywords)
-        scale = keywords.get("scale")
-        return CausalAttention.apply(  # type: ignore[no-untyped-call,no-any-return]
-            query, key, value, query.shape[-1] ** -0.5 if scale is None else scale
+        """Call the function, or `CausalAttention` in its place."""
+        named = keywords or {}
+        if function is not scaled_dot_product_attention or len(arguments) != 3 or not _by_blocks(*arguments, **named):
+            return function(*arguments, **named)
+        scale = named.get("scale")
+        query = arguments[0]
+        return CausalAttention.apply(  # type: ignore[no-untyped-call]
+            *arguments, query.shape[-1] ** -0.5 if scale is None else scale
         )
 
 

@@ -16,7 +16,6 @@ from llm_barber.errors import ModelError
 from llm_barber.model.architecture import Block
 from llm_barber.model.attention import fast_attention
 from llm_barber.model.experts import Experts, mixture_of
-from llm_barber.model.fixed_order import FixedOrder, Result
 from llm_barber.model.hooks import InputVisitor, LayerHooks, Reached
 
 
@@ -28,7 +27,6 @@ class DecoderLayer:
         linears: paths of the prunable linears.
         arguments: returns the keyword arguments of the layer's call for a number of sequences and of tokens in each.
         transposed: linears store their weights as (in, out).
-        order: the order in which gradients are added up.
     """
 
     def __init__(
@@ -37,14 +35,12 @@ class DecoderLayer:
         linears: tuple[str, ...],
         arguments: Callable[[int, int], Mapping[str, Any]],
         transposed: bool = False,
-        order: FixedOrder | None = None,
     ) -> None:
         self.module = module
         self.linears = {name: module.get_submodule(name) for name in linears}
         self.experts = {name: child for name, child in module.named_modules() if isinstance(child, Experts)}
         self._arguments = arguments
         self._transposed = transposed
-        self._order = order or FixedOrder()
         self._groups: list[list[str]] = []  # linears that read the same tensor; known once inputs have been visited
         paths = Counter(id(child) for _, child in module.named_modules(remove_duplicate=False))
         # Linears that are the modules of several names, and so are called several times.
@@ -147,17 +143,6 @@ class DecoderLayer:
         with self.hooks.stop_at(block, outputs, len(hidden)), self.hooks.replayed(replays):
             self.run(hidden)
         return outputs[0]
-
-    def compute_gradients(self, run: Callable[[], Result]) -> Result:
-        """Call a function that runs the layer and takes gradients, which are added in a fixed order if possible."""
-        counts = {name: experts.tokens.clone() for name, experts in self.experts.items()}
-
-        def undo() -> None:
-            for name, experts in self.experts.items():
-                experts.tokens.copy_(counts[name])
-
-        with torch.enable_grad():
-            return self._order.compute(run, undo)
 
     @torch.no_grad()
     def final_output(self, hidden: Tensor, block: Block, replays: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:

@@ -6,21 +6,15 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import PreTrainedConfig
 
-from llm_barber.errors import SettingsError
+from llm_barber.errors import BarberError, SettingsError
 from llm_barber.messages import SettingName, message
-from llm_barber.model.architecture import kind_of
 from llm_barber.parallel.ranks import local_rank
 
 # Tokens of a batch: large enough for fast matrix products, small enough for temporaries to stay in the caches.
 CPU_BATCH_TOKENS = 2048
 GPU_BATCH_TOKENS = 8192
-# For an estimate of what a GPU holds at once; `planning/memory.py` counts it for each step.
-BYTES_PER_WEIGHT = 40  # of the layer: as read, as computed with, pruned, mask, statistics and their ranking
-# Arrays of a batch: float32 arrays of the widest linear's size, and arrays of all linears' inputs and outputs.
-INPUT_ARRAYS, OUTPUT_ARRAYS = 10, 2
 # Where attention stores the scores of all pairs of tokens, bytes for each pair and head: of the scores, of what caps
 # them, of their softmax in float32 and of its copy in the compute dtype, with what autograd keeps.
 SCORE_BYTES = 16
@@ -104,6 +98,26 @@ def resolve_batch_size(limit: int | None, seqlen: int, sequences: int, device: t
     return min(sequences, limit, suits) if device.type == "cpu" else min(sequences, limit)
 
 
+class DeviceMemoryError(BarberError):
+    """A GPU's memory is too small."""
+
+
+@contextmanager
+def device_memory_checked() -> Iterator[None]:
+    """Say what helps when a GPU's memory is too small.
+
+    Raises:
+        DeviceMemoryError: it is.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise DeviceMemoryError(
+            "the GPU's memory is too small",
+            message("use a smaller {batch_size}, a shorter {seqlen} or {activations_off_device}; {resume} goes on"),
+        ) from error
+
+
 def free_device_memory(device: torch.device, limit: int | None) -> int:
     """Bytes of a CUDA device that this process can take, beside those that it has allocated.
 
@@ -116,54 +130,6 @@ def free_device_memory(device: torch.device, limit: int | None) -> int:
     allocated = torch.cuda.memory_allocated(device)
     free += torch.cuda.memory_reserved(device) - allocated
     return free if limit is None else max(0, min(free, limit - allocated))
-
-
-def fitting_batch(
-    layers: nn.ModuleList,
-    seqlen: int,
-    free: int,
-    dtype: torch.dtype,
-    experts_per_token: int = 1,
-    score_bytes: int = 0,
-) -> int:
-    """Estimate how many sequences can be computed together in `free` bytes; at least one.
-
-    If the estimate is too high, the layer is computed again with half as many sequences (`run/out_of_memory.py`).
-
-    Args:
-        layers: the decoder layers.
-        seqlen: tokens per sequence.
-        free: bytes of free memory.
-        dtype: the compute dtype.
-        experts_per_token: number of experts that a router chooses for a token.
-        score_bytes: of all heads' scores of a pair of tokens, where attention stores them (`stored_score_bytes`).
-    """
-    sequences = free
-    for weights, of_sequence in _needs(layers, seqlen, dtype, experts_per_token, score_bytes):
-        sequences = min(sequences, (free - weights) // of_sequence)
-    return max(1, sequences)
-
-
-def needed_memory(
-    layers: nn.ModuleList, seqlen: int, dtype: torch.dtype, experts_per_token: int = 1, score_bytes: int = 0
-) -> int:
-    """Estimate the bytes that the largest layer takes with one sequence; arguments as of `fitting_batch`."""
-    needs = _needs(layers, seqlen, dtype, experts_per_token, score_bytes)
-    return max((weights + of_sequence for weights, of_sequence in needs), default=0)
-
-
-def _needs(
-    layers: nn.ModuleList, seqlen: int, dtype: torch.dtype, experts_per_token: int, score_bytes: int
-) -> Iterator[tuple[int, int]]:
-    """Bytes that each layer takes for its weights, and bytes for each sequence."""
-    for layer in layers:
-        shapes = {kind_of(name): tuple(weight.shape) for name, weight in layer.named_parameters() if weight.dim() == 2}
-        # A linear reads an array of one side and writes one of the other, whether its weight is (out, in) or (in, out).
-        sides = sum(sum(shape) * (experts_per_token if "*" in kind else 1) for kind, shape in shapes.items())
-        widest = max((max(shape) for shape in shapes.values()), default=1)
-        token = INPUT_ARRAYS * 4 * widest + OUTPUT_ARRAYS * dtype.itemsize * sides
-        weights = BYTES_PER_WEIGHT * sum(weight.numel() for weight in layer.parameters())
-        yield weights, token * seqlen + score_bytes * seqlen**2
 
 
 def experts_per_token(config: PreTrainedConfig) -> int:

@@ -1,27 +1,27 @@
 """Mixtures of experts: give each expert its own linears, in place of transformers' 3-D parameters.
 
-Most checkpoints store experts one by one, and each expert is pruned from the tokens that are routed to it. Experts are
-computed one by one or together (`expert_products.py`). What listens to them gets the inputs and outputs of experts by
-sequence: padded with zeros to the same number of rows for every sequence, of an expert without tokens, too. Zeros add
-nothing to any statistic.
+Most checkpoints store experts one by one, and each expert is pruned from the tokens that are routed to it. A route is
+one of the k experts of a token. An expert computes the rows of its routes sequence after sequence: each sequence is
+padded with zeros to the same number of rows, at least one. So hooks on its linears see inputs and outputs by sequence,
+also of an expert without tokens. Zeros add nothing to any statistic.
+
+Rows are gathered by `take`, forward and backward, and never scattered: no sum depends on the order in which threads
+arrive.
 """
 
-from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from llm_barber.errors import ModelError
-from llm_barber.model.expert_products import choose_products, lay_out, multiply
-from llm_barber.model.routes import Bucket, Routes, SequenceView
 
 GATE_UP, GATE, UP, DOWN, BIAS = "gate_up_proj", "gate_proj", "up_proj", "down_proj", "_bias"
+Linear = Callable[[str, Tensor], Tensor]  # of a linear's name and its inputs
 
 
 @dataclass(frozen=True)
@@ -44,13 +44,6 @@ class Part:
         """View the expert's part of a stacked tensor, (experts, …)."""
         matrix = stacked[self.expert]
         return (matrix.t() if self.transposed else matrix)[slice(*self.rows)]
-
-
-# Takes a linear's name inside an expert; its inputs, (rows, in), of one or more experts; its output, (rows, out), None
-# before it is computed; and the view of such rows by expert and sequence. Returns what the experts go on with instead
-# of the output, or None.
-Listener = Callable[[str, Tensor, Tensor | None, SequenceView], Tensor | None]
-Linear = Callable[[str, Tensor], Tensor]  # of a linear's name and its inputs
 
 
 class Experts(nn.ModuleList):
@@ -87,7 +80,6 @@ class Experts(nn.ModuleList):
             shapes = {GATE: (inner, hidden), UP: (inner, hidden), DOWN: (hidden, inner)}
         super().__init__(_expert(shapes, bias, first) for _ in range(len(down)))
         self.inner = inner
-        self._shapes = list(shapes.values())
         self.biased = bias
         # Set as a submodule, it would be one more expert.
         self.__dict__["combine"] = _combine(fused, self.first_linear == GATE_UP, self.separate)
@@ -95,16 +87,6 @@ class Experts(nn.ModuleList):
         self.tokens = torch.zeros(len(down), dtype=torch.int64, device="cpu")  # parameters may be on meta
         self._routes: tuple[Tensor, Tensor] | None = None
         self._same_routes = False
-        self._listeners: OrderedDict[int, tuple[bool, Listener]] = OrderedDict()
-
-    def listen(self, listener: Listener, before: bool) -> RemovableHandle:
-        """Call a function `before` or after each call of linears.
-
-        Hooks on the linears do not do: linears that are computed together are not called.
-        """
-        handle = RemovableHandle(self._listeners)
-        self._listeners[handle.id] = before, listener
-        return handle
 
     def parts(self, parameter: str) -> list[Part]:
         """Experts' parameters that a stacked parameter of transformers' module contains."""
@@ -143,30 +125,73 @@ class Experts(nn.ModuleList):
             top_k_index, top_k_weights = self._routes
         self._routes = (top_k_index, top_k_weights)
         routes = Routes(top_k_index, len(self), self.sequences)
-        layout = lay_out(routes, choose_products(hidden_states, self._shapes))
         self.tokens = self.tokens.to(hidden_states.device) + routes.counts
         outputs = []
-        for bucket, inputs, padding in zip(layout.buckets, layout.inputs(hidden_states), layout.padding, strict=True):
-            linear = partial(self._linear, bucket, SequenceView(routes, layout, bucket, self.sequences))
+        for expert, inputs, padding in zip(self, routes.inputs(hidden_states), routes.padding(), strict=True):
+            linear = partial(_call_linear, expert)
             inner = self.combine(linear, inputs)
             if self.biased:  # biases have made the padding nonzero
                 inner = inner.masked_fill(padding, 0)
             outputs.append(linear(DOWN, inner))
-        weighted = layout.outputs(outputs) * top_k_weights.reshape(-1, 1)
+        weighted = routes.outputs(outputs) * top_k_weights.reshape(-1, 1)
         return weighted.view(*top_k_index.shape, -1).sum(1).to(hidden_states.dtype)
 
-    def _linear(self, bucket: Bucket, view: SequenceView, name: str, inputs: Tensor) -> Tensor:
-        """Outputs of a linear of a bucket's experts, (rows, out)."""
-        linears = [cast(nn.Linear, self[expert].get_submodule(name)) for expert in bucket.experts]
-        for before, listener in self._listeners.values():
-            if before:
-                listener(name, inputs, None, view)
-        output = multiply(bucket, inputs, linears)
-        for before, listener in self._listeners.values():
-            if not before:
-                heard = listener(name, inputs, output, view)
-                output = output if heard is None else heard
-        return output
+
+def _call_linear(expert: nn.Module, name: str, inputs: Tensor) -> Tensor:
+    """Outputs of an expert's linear, (rows, out)."""
+    return cast(Tensor, expert.get_submodule(name)(inputs))
+
+
+class Routes:
+    """Routes of whole sequences of tokens, and the rows in which experts compute them, expert after expert.
+
+    Each sequence of an expert has as many rows as the expert's sequence with the most tokens, at least one. The host
+    waits for a GPU once, for these sizes.
+
+    Attributes:
+        counts: number of tokens of each expert, int64 (experts,).
+
+    Args:
+        top_k_index: int64, (tokens, k), the experts of each token.
+        experts: number of experts.
+        sequences: number of sequences; each has as many tokens, one after the other.
+    """
+
+    def __init__(self, top_k_index: Tensor, experts: int, sequences: int) -> None:
+        tokens, chosen = top_k_index.shape
+        routed = top_k_index.flatten()
+        order = routed.argsort(stable=True)
+        expert = routed[order]
+        sequence = order // (chosen * (tokens // sequences))
+        group = expert * sequences + sequence
+        groups = torch.arange(experts * sequences, device=group.device)
+        first, after = (torch.searchsorted(group, groups, right=right) for right in (False, True))
+        sizes = (after - first).view(experts, sequences)
+        self.counts = sizes.sum(1)
+        rooms = sizes.amax(1).clamp_min(1)
+        self._rows = (rooms * sequences).tolist()
+        ends = (rooms * sequences).cumsum(0)
+        in_group = torch.arange(len(group), device=group.device) - first[group]
+        slot = (ends - rooms * sequences)[expert] + rooms[expert] * sequence + in_group
+        self._slots = torch.empty_like(order)  # the row of each route, token · k + choice
+        self._routes = order.new_full((sum(self._rows),), -1)  # the route of each row; -1: padding
+        self._slots[order], self._routes[slot] = slot, order
+        self._slots = self._slots.view(top_k_index.shape)
+        self._has_padding = len(self._routes) > len(order)
+
+    def inputs(self, hidden: Tensor) -> tuple[Tensor, ...]:
+        """Rows of each expert, (rows, hidden), of the tokens' states, (tokens, hidden)."""
+        token = self._routes.div(self._slots.shape[1], rounding_mode="floor")
+        return torch.split(take(hidden, token, self._slots, self._has_padding), self._rows)
+
+    def padding(self) -> tuple[Tensor, ...]:
+        """Rows of each expert that are padded, bool (rows, 1)."""
+        return torch.split((self._routes < 0).unsqueeze(1), self._rows)
+
+    def outputs(self, rows: list[Tensor]) -> Tensor:
+        """Rows of the routes, (tokens · k, features) in the order of tokens, from each expert's rows."""
+        joined = rows[0] if len(rows) == 1 else torch.cat(rows)
+        return take(joined, self._slots.flatten(), self._routes.unsqueeze(1), False, self._has_padding)
 
 
 def mixture_of(linear: str) -> str:
@@ -223,3 +248,40 @@ def _combine(fused: nn.Module, gated: bool, separate: bool) -> Callable[[Linear,
     if not separate:
         return lambda linear, inputs: gate(linear(GATE_UP, inputs))
     return lambda linear, inputs: gate(torch.cat([linear(GATE, inputs), linear(UP, inputs)], dim=-1))
+
+
+def take(rows: Tensor, index: Tensor, back: Tensor, gaps: bool = False, back_gaps: bool = False) -> Tensor:
+    """Gather rows, (n, features), by their index, int64 (m,).
+
+    Args:
+        rows: (n, features).
+        index: the row of each result; -1: zeros.
+        back: int64 (n, r), the results that took each row; -1: none. The gradient is summed over them, in this order.
+        gaps: some of `index` is -1.
+        back_gaps: some of `back` is -1.
+    """
+    result: Tensor = _Take.apply(rows, index, back, gaps, back_gaps)  # type: ignore[no-untyped-call]  # PyTorch's
+    return result
+
+
+class _Take(torch.autograd.Function):
+    """`take`, whose backward pass gathers as well: PyTorch's own would add up rows one by one."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, index: Tensor, back: Tensor, gaps: bool, back_gaps: bool) -> Tensor:
+        ctx.save_for_backward(back)
+        ctx.back_gaps = back_gaps
+        return _gather(rows, index, gaps)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        (back,) = ctx.saved_tensors
+        taken = _gather(gradients[0], back.flatten(), ctx.back_gaps)
+        return taken.view(*back.shape, -1).sum(1), None, None, None, None
+
+
+def _gather(rows: Tensor, index: Tensor, gaps: bool) -> Tensor:
+    """Rows by index; zeros where it is -1, if there are such `gaps`."""
+    if not gaps:
+        return rows[index]
+    return rows[index.clamp_min(0)].masked_fill_((index < 0).unsqueeze(1), 0)

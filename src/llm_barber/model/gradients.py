@@ -1,8 +1,6 @@
 """Reconstruction errors of outputs, and gradients by the outputs of linears."""
 
-from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -11,36 +9,18 @@ from torch import Tensor
 from llm_barber.errors import ModelError, NotFiniteError
 
 
-class Rows(NamedTuple):
-    """Values of linears, (linears, sequences, tokens, features), and their names; None: a linear that is left out."""
+class LinearCall(NamedTuple):
+    """One call of a linear: its inputs, detached, (…, in), and its output, (…, out), in the graph."""
 
-    names: tuple[str | None, ...]
-    values: Tensor
-
-
-Splitter = Callable[[Tensor], list[Rows]]
-
-
-@dataclass(frozen=True)
-class LinearCall:
-    """One call of a linear, or of the same linear of several experts.
-
-    Attributes:
-        inputs: (rows, in) or (sequences, tokens, in), detached.
-        output: the output, in the graph.
-        split: splits such inputs, or gradients by the output, into `Rows`.
-    """
-
+    name: str
     inputs: Tensor
     output: Tensor
-    split: Splitter
 
 
-@dataclass(frozen=True)
-class LinearGradients:
-    """Inputs of linears, (linears, sequences, tokens, in), and gradients by their outputs, (…, out)."""
+class LinearGradients(NamedTuple):
+    """Inputs of a linear, (sequences, tokens, in), and gradients by its output, (sequences, tokens, out)."""
 
-    names: tuple[str, ...]
+    name: str
     inputs: Tensor
     gradients: Tensor
 
@@ -59,57 +39,39 @@ def differences(left: Tensor, right: Tensor) -> Tensor:
 
 
 def linear_gradients(
-    calls: Sequence[LinearCall], gradients: Sequence[Tensor | None], module: str | None = None
+    calls: Sequence[LinearCall], gradients: Sequence[Tensor | None], sequences: int, module: str | None = None
 ) -> list[LinearGradients]:
-    """Inputs of linears, and gradients by their outputs; linears that were called together are together.
+    """Inputs of linears, and gradients by their outputs.
 
     Several calls of a linear follow each other as more tokens; a call without a gradient is left out.
 
     Args:
         calls: the calls of the linears.
         gradients: the gradient by the output of each call; None: the loss does not depend on it.
+        sequences: number of sequences of each call.
         module: the module whose output the gradients are of, for the error; None: a linear without a gradient is left
             out.
 
     Raises:
         ModelError: no call of some linear has a gradient, and `module` is given.
     """
-    parts: list[LinearGradients] = []
-    missing: list[str] = []
+    parts: dict[str, list[tuple[Tensor, Tensor]]] = {}
     for call, gradient in zip(calls, gradients, strict=True):
-        inputs = call.split(call.inputs)
-        if gradient is None:
-            missing += [name for rows in inputs for name in rows.names if name is not None]
-        else:
-            chosen = map(_chosen, inputs, call.split(gradient))
-            parts += [part for part in chosen if part.names]
-    counts = Counter(name for part in parts for name in part.names)
-    for name in missing:
-        if name not in counts and module is not None:
-            raise ModelError(f"the output of {module} has no gradient by {name}", f"--exclude '{name}$'")
-    return parts if not counts or max(counts.values()) == 1 else _join_calls(parts)
+        if gradient is not None:
+            pair = by_sequence(call.inputs, sequences), by_sequence(gradient, sequences)
+            parts.setdefault(call.name, []).append(pair)
+    for call in calls:
+        if call.name not in parts and module is not None:
+            raise ModelError(f"the output of {module} has no gradient by {call.name}", f"--exclude '{call.name}$'")
+    return [
+        LinearGradients(name, *(pairs[0] if len(pairs) == 1 else map(_joined, zip(*pairs, strict=True))))
+        for name, pairs in parts.items()
+    ]
 
 
-def _chosen(inputs: Rows, gradients: Rows) -> LinearGradients:
-    """Inputs and gradients of the linears that have a name."""
-    chosen = [index for index, name in enumerate(inputs.names) if name is not None]
-    names = tuple(name for name in inputs.names if name is not None)
-    if len(names) == len(inputs.names):
-        return LinearGradients(names, inputs.values, gradients.values)
-    return LinearGradients(names, inputs.values[chosen], gradients.values[chosen])
-
-
-def _join_calls(parts: Sequence[LinearGradients]) -> list[LinearGradients]:
-    """Take linears apart, and join the calls of each along the tokens."""
-    pairs: dict[str, list[tuple[Tensor, Tensor]]] = {}
-    for part in parts:
-        for index, name in enumerate(part.names):
-            pair = part.inputs[index : index + 1], part.gradients[index : index + 1]
-            pairs.setdefault(name, []).append(pair)
-    joined = {
-        name: [torch.cat(tensors, 2) for tensors in zip(*of_linear, strict=True)] for name, of_linear in pairs.items()
-    }
-    return [LinearGradients((name,), inputs, gradients) for name, (inputs, gradients) in joined.items()]
+def _joined(calls: Sequence[Tensor]) -> Tensor:
+    """Join tensors of several calls, (sequences, tokens, features), along the tokens."""
+    return torch.cat(list(calls), 1)
 
 
 def scaled_by_sequence(gradient: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -1,23 +1,20 @@
 """Hooks on a decoder layer's modules: note inputs and outputs, end a run early, replay kept outputs."""
 
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from llm_barber.model.architecture import Block
-from llm_barber.model.experts import Experts, mixture_of
-from llm_barber.model.gradients import LinearCall, Rows, Splitter, by_sequence
-from llm_barber.model.routes import SequenceView
+from llm_barber.model.gradients import LinearCall, by_sequence
 
-InputVisitor = Callable[[list[Rows]], None]  # takes the inputs of a linear, or of the same linear of several experts
-# Takes the inputs of a linear, or of the same linear of several experts; their output, None before it is computed; and
-# what splits such tensors by linear and sequence. Returns what the layer goes on with instead of the output, or None.
-_Listener = Callable[[Tensor, Tensor | None, Splitter], Tensor | None]
+InputVisitor = Callable[[str, Tensor], None]  # takes a linear's name and its inputs, (sequences, tokens, in)
+# Takes a linear's name, its inputs, and its output, None before it is computed. Returns what the layer goes on with
+# instead of the output, or None.
+_Listener = Callable[[str, Tensor, Tensor | None], Tensor | None]
 
 
 class Reached(Exception):  # noqa: N818 - a signal, not an error
@@ -47,7 +44,6 @@ class LayerHooks:
 
     def __init__(self, module: nn.Module, called_again: Collection[str]) -> None:
         self._module = module
-        self._experts = {path: child for path, child in module.named_modules() if isinstance(child, Experts)}
         self._called_again = frozenset(called_again)
         # By block, what follows the states in its output tuple: a replay returns it, too, but for attention weights,
         # which are large and which no layer reads.
@@ -63,25 +59,20 @@ class LayerHooks:
         Linears that read the same tensor are handed the same object.
         """
         visits = Visits([], set(linears))
-        latest: list[Tensor] = []  # the tensor that was read last
-        groups: list[list[str]] = []  # of `visits`: the linears that read it
+        latest: list[Tensor] = []  # the tensor that was read last, as it was read and by sequence
 
-        def visit(read: Tensor, _: Tensor | None, split: Splitter) -> None:
-            rows = split(read)
-            names = [name for part in rows for name in part.names]
+        def visit(name: str, read: Tensor, _: Tensor | None) -> None:
             if not latest or read is not latest[0]:
-                latest[:] = [read]
-                groups[:] = [[] for _ in names]
-                visits.groups.extend(groups)
-            for name, group in zip(names, groups, strict=True):
-                if name in visits.waiting:
-                    group.append(name)
-            visitor(rows)
-            visits.waiting.difference_update(names)
+                latest[:] = read, by_sequence(read, sequences)
+                visits.groups.append([])
+            if name in visits.waiting:
+                visits.groups[-1].append(name)
+            visitor(name, latest[1])
+            visits.waiting.discard(name)
             if stop and not visits.waiting and not self._called_again.intersection(linears):
                 raise Reached
 
-        with self._heard(linears, sequences, visit, before=True):
+        with self._heard(linears, visit, before=True):
             yield visits
 
     @contextmanager
@@ -92,70 +83,45 @@ class LayerHooks:
         """
         collected: dict[str, Tensor] = {}
 
-        def note(read: Tensor, _: Tensor | None, split: Splitter) -> None:
-            for rows in split(read):
-                for name, inputs in zip(rows.names, rows.values, strict=True):
-                    if name is not None:
-                        collected[name] = torch.cat([collected[name], inputs], 1) if name in collected else inputs
+        def note(name: str, read: Tensor, _: Tensor | None) -> None:
+            inputs = by_sequence(read, sequences)
+            collected[name] = torch.cat([collected[name], inputs], 1) if name in collected else inputs
             if stop and len(collected) == len(names) and not self._called_again.intersection(names):
                 raise Reached
 
-        with self._heard(names, sequences, note, before=True):
+        with self._heard(names, note, before=True):
             yield collected
 
     @contextmanager
-    def recorded(self, linears: Collection[str], sequences: int) -> Iterator[list[LinearCall]]:
+    def recorded(self, linears: Collection[str]) -> Iterator[list[LinearCall]]:
         """Collect the calls of linears, with their inputs and outputs, in the list that is yielded."""
         calls: list[LinearCall] = []
 
-        def record(inputs: Tensor, output: Tensor | None, split: Splitter) -> Tensor:
+        def record(name: str, inputs: Tensor, output: Tensor | None) -> Tensor:
             assert output is not None
             # Weights require no gradient, and autograd computes none for them: the graph starts at the first outputs.
-            calls.append(LinearCall(inputs.detach(), output.requires_grad_(), split))
+            calls.append(LinearCall(name, inputs.detach(), output.requires_grad_()))
             alias: Tensor = _Alias.apply(output)  # type: ignore[no-untyped-call]  # PyTorch's
             return alias
 
-        with self._heard(linears, sequences, record, before=False):
+        with self._heard(linears, record, before=False):
             yield calls
 
     @contextmanager
-    def _heard(self, linears: Collection[str], sequences: int, listener: _Listener, before: bool) -> Iterator[None]:
+    def _heard(self, linears: Collection[str], listener: _Listener, before: bool) -> Iterator[None]:
         """Call a function `before` or after each call of linears, within the context."""
-        latest: list[Tensor] = []  # the input that was split last, and the same by sequence
 
-        def split(name: str, values: Tensor) -> list[Rows]:
-            if not latest or values is not latest[0]:
-                latest[:] = values, by_sequence(values, sequences).unsqueeze(0)
-            return [Rows((name,), latest[1])]
-
-        def split_call(path: str, linear: str, view: SequenceView, values: Tensor) -> list[Rows]:
-            names = ([f"{path}.{expert}.{linear}" for expert in experts] for experts, _ in view(values))
-            chosen = (tuple(name if name in linears else None for name in of_part) for of_part in names)
-            return [Rows(of_part, part) for of_part, (_, part) in zip(chosen, view(values), strict=True)]
-
-        def of_linear(name: str) -> Callable[..., Tensor | None]:
+        def hook_of(name: str) -> Callable[..., Tensor | None]:
             def hook(_: nn.Module, positional: tuple[Tensor, ...], output: Tensor | None = None) -> Tensor | None:
-                return listener(positional[0], output, partial(split, name))
+                return listener(name, positional[0], output)
 
             return hook
 
-        def of_experts(path: str) -> Callable[..., Tensor | None]:
-            def hear(linear: str, inputs: Tensor, output: Tensor | None, view: SequenceView) -> Tensor | None:
-                if any(f"{path}.{expert}.{linear}" in linears for expert in view.bucket.experts):
-                    return listener(inputs, output, partial(split_call, path, linear, view))
-                return None
-
-            return hear
-
-        handles = []
-        paths = self._experts.keys() & map(mixture_of, linears)
-        for name in linears:
-            module = self._module.get_submodule(name)
-            register = module.register_forward_pre_hook if before else module.register_forward_hook
-            if mixture_of(name) not in paths:
-                handles.append(register(of_linear(name)))
-        handles += [self._experts[path].listen(of_experts(path), before) for path in paths]
-        with removed(*handles):
+        with ExitStack() as stack:
+            for name in linears:
+                module = self._module.get_submodule(name)
+                register = module.register_forward_pre_hook if before else module.register_forward_hook
+                stack.callback(register(hook_of(name)).remove)
             yield
 
     @contextmanager
@@ -170,14 +136,16 @@ class LayerHooks:
             if stop:
                 raise Reached
 
-        with removed(self._module.get_submodule(block.output).register_forward_hook(hook)):
+        handle = self._module.get_submodule(block.output).register_forward_hook(hook)
+        try:
             yield
+        finally:
+            handle.remove()
 
     @contextmanager
     def replayed(self, replays: Mapping[str, Tensor]) -> Iterator[None]:
         """Let modules return kept outputs, (sequences, tokens, hidden) by path, instead of computing them."""
         modules = [self._module.get_submodule(path) for path in replays]
-        before = [vars(module).get("forward") for module in modules]  # set by `fused_*.py`, on a GPU
         for module, (path, output) in zip(modules, replays.items(), strict=True):
             tensor = output.flatten(0, 1) if self._flattened[path] else output
             tail = self._output_tail[path]
@@ -187,10 +155,8 @@ class LayerHooks:
         try:
             yield
         finally:
-            for module, forward in zip(modules, before, strict=True):
+            for module in modules:
                 del module.forward
-                if forward is not None:
-                    module.forward = forward
 
 
 class _Alias(torch.autograd.Function):
@@ -211,13 +177,3 @@ class _Alias(torch.autograd.Function):
 def _without_weights(values: tuple[Any, ...] | list[Any]) -> tuple[Any, ...] | list[Any]:
     """Replace attention weights, (sequences, heads, tokens, tokens), by None."""
     return type(values)(None if isinstance(value, Tensor) and value.dim() == 4 else value for value in values)
-
-
-@contextmanager
-def removed(*handles: Any) -> Iterator[None]:
-    """Remove hooks at the end of the context."""
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()

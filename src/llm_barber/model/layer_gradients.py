@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from llm_barber.masking.gradient_squares import FisherSums, GradientSquares
-from llm_barber.masking.together import update_together
 from llm_barber.model.architecture import Block
 from llm_barber.model.block import DecoderLayer
 from llm_barber.model.gradients import (
@@ -47,21 +46,18 @@ def block_gradients(
     Raises:
         ModelError: y does not depend on a linear.
     """
-
-    def run() -> tuple[list[LinearCall], Tensor, Tensor, Tensor, tuple[Tensor | None, ...]]:
-        outputs: list[Tensor] = []
-        recorded = layer.hooks.recorded(block.linears, len(hidden))
-        with recorded as calls, layer.hooks.stop_at(block, outputs, len(hidden)), layer.hooks.replayed(replays):
+    outputs: list[Tensor] = []
+    stop, replay = layer.hooks.stop_at(block, outputs, len(hidden)), layer.hooks.replayed(replays)
+    with torch.enable_grad():
+        with layer.hooks.recorded(block.linears) as calls, stop, replay:
             layer.run(hidden)
-        difference = differences(outputs[0].detach(), sparse_output)
-        scaled, scale = scaled_by_sequence(difference, outputs[0].dtype)
+        output = outputs[0].detach()
+        difference = differences(output, sparse_output)
+        scaled, scale = scaled_by_sequence(difference, output.dtype)
         gradients = torch.autograd.grad(outputs[0], [call.output for call in calls], scaled, allow_unused=True)
-        return calls, outputs[0].detach(), difference, scale, gradients
-
-    calls, output, difference, scale, gradients = layer.compute_gradients(run)
     factor = 2 / difference[0].numel()  # d mean(d²)/dy = 2 d / (tokens · channels)
-    for part in linear_gradients(calls, gradients, block.output):
-        update_together([squares[name] for name in part.names], part.inputs, part.gradients, scale, factor)
+    for name, inputs, by_output in linear_gradients(calls, gradients, len(hidden), block.output):
+        squares[name].update(inputs, by_output, scale, factor)
     return output, mean_squares(difference)
 
 
@@ -82,10 +78,10 @@ def loss_gradients(layer: DecoderLayer, hidden: Tensor, gradient: Tensor, sums: 
     """
     hidden = hidden.detach().requires_grad_()
     calls, scale, (by_hidden, *gradients) = _backward(
-        layer, lambda: layer.run(hidden), layer.linears, len(hidden), lambda _: gradient, hidden
+        layer, lambda: layer.run(hidden), layer.linears, lambda _: gradient, hidden
     )
-    for part in linear_gradients(calls, gradients, "the decoder layer"):
-        update_together([sums[name] for name in part.names], part.inputs, part.gradients, scale)
+    for name, inputs, by_output in linear_gradients(calls, gradients, len(hidden), "the decoder layer"):
+        sums[name].update(inputs, by_output, scale)
     assert by_hidden is not None
     return by_hidden.float() * scale.view(-1, 1, 1)
 
@@ -106,17 +102,14 @@ def output_gradients(
     Returns:
         Inputs and gradients, which are divided by a scale; and the scale of each sequence, float32 (sequences,).
     """
-    calls, scale, gradients = _backward(
-        layer, lambda: layer.output_with(weights, hidden), weights, len(hidden), gradient
-    )
-    return linear_gradients(calls, gradients), scale
+    calls, scale, gradients = _backward(layer, lambda: layer.output_with(weights, hidden), weights, gradient)
+    return linear_gradients(calls, gradients, len(hidden)), scale
 
 
 def _backward(
     layer: DecoderLayer,
     compute: Callable[[], Tensor | None],
     linears: Collection[str],
-    sequences: int,
     gradient: Callable[[Tensor], Tensor],
     *further: Tensor,
 ) -> tuple[list[LinearCall], Tensor, tuple[Tensor | None, ...]]:
@@ -124,13 +117,10 @@ def _backward(
 
     `compute` runs the layer; scales and `gradient` are as in `output_gradients`.
     """
-
-    def run() -> tuple[list[LinearCall], Tensor, tuple[Tensor | None, ...]]:
-        with layer.hooks.recorded(linears, sequences) as calls:
+    with torch.enable_grad():
+        with layer.hooks.recorded(linears) as calls:
             output = compute()
         assert output is not None
         scaled, scale = scaled_by_sequence(gradient(output.detach()), output.dtype)
         tensors = [*further, *(call.output for call in calls)]
         return calls, scale, torch.autograd.grad(output, tensors, scaled, allow_unused=True)
-
-    return layer.compute_gradients(run)

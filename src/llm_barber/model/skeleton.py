@@ -11,10 +11,6 @@ from llm_barber.errors import ModelError
 from llm_barber.model.architecture import Architecture
 from llm_barber.model.buffers import set_buffer, stored_buffer_names
 from llm_barber.model.empty import empty_model, language_model_prefix
-from llm_barber.model.fixed_order import FixedOrder
-from llm_barber.model.fused_gates import fuse_gates
-from llm_barber.model.fused_norms import fuse_norms
-from llm_barber.model.fused_rotary import fuse_rotary
 from llm_barber.model.stepping import (
     Arguments,
     Stepping,
@@ -49,7 +45,6 @@ class Skeleton:
         self.architecture = architecture
         self.device = device
         self.dtype = dtype
-        self.order = FixedOrder(enabled=device.type != "cpu")
         self.model = model or empty_model(config, dtype)
         for module in self.model.modules():
             for name, buffer in module.named_buffers(recurse=False):
@@ -58,10 +53,6 @@ class Skeleton:
         self.tails: dict[int, int | None] = {}
         self.stepping: Stepping | None = None  # known once tokens were embedded
         self.layers: nn.ModuleList = self.model.get_submodule(architecture.layers)
-        if device.type != "cpu":
-            fuse_norms(self.model)
-            fuse_rotary(self.model)
-            fuse_gates(self.model)
         self.blocks = [architecture.blocks_of(layer) for layer in self.layers]
         # By (sequences, tokens): keyword arguments of each layer's call.
         self._arguments: dict[tuple[int, int], list[Arguments]] = {}

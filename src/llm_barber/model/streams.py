@@ -1,6 +1,6 @@
 """Calibration activations from layer to layer: named arrays that are read and written in batches.
 
-`array_memory.py` allocates the arrays. Batches of arrays that are not on the device are copied there, and back.
+`array_memory.py` allocates the arrays. A batch of an array that is not on the device is copied there, and back.
 """
 
 from collections.abc import Collection, Iterator, Mapping
@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from llm_barber.model.array_memory import ArrayMemory
-from llm_barber.model.copies import Copies, SideStreams
 from llm_barber.parallel.ranks import Ranks
 
 # Names of arrays.
@@ -52,9 +51,7 @@ class ActivationStreams:
         self.sequences = self.held_out_start + held_out_here
         self.batch_size = batch_size
         self.memory = memory or ArrayMemory()
-        self.left_device = False  # because its memory was too small
         self._arrays: dict[str, Tensor] = {}
-        self._copies = Copies(SideStreams(self.device)) if self.memory.pinned else None
 
     @property
     def device(self) -> torch.device:
@@ -83,25 +80,17 @@ class ActivationStreams:
         """Number of this process's sequences among the first `count` of all; they are its first sequences."""
         return sum(max(0, min(share.stop, count) - share.start) for share in self._shares)
 
-    def halve_batches(self) -> None:
-        """Halve the batch size, and free the device memory of batches that were read ahead."""
-        self.batch_size //= 2
-        if self._copies is not None:
-            self._copies.forget_guesses()
-
     def read(self, name: str, batch: slice) -> Tensor:
-        """Read a batch to the device; the next batch is read ahead."""
-        array = self._arrays[name]
-        return array[batch] if self._copies is None or _on_device(array) else self._copies.read(name, array, batch)
+        """Read a batch to the device."""
+        return self._arrays[name][batch].to(self.device)
 
-    def unpinned_copy(self, values: Tensor) -> Tensor:
-        """Copy values to host memory that is freed with the copy; pinned memory would be kept."""
-        return self.memory.empty_off_device(tuple(values.shape), values.dtype, pinned=False).copy_(values)
+    def copy_off_device(self, values: Tensor) -> Tensor:
+        """Copy values to host memory or a file."""
+        return self.memory.empty_off_device(tuple(values.shape), values.dtype).copy_(values)
 
     def copy(self, name: str, new_name: str) -> None:
         """Copy an array under another name."""
-        self._settle(name)
-        self._put(new_name, self._copied(self._arrays[name]))
+        self._arrays[new_name] = self._copied(self._arrays[name])
 
     def swap(self, first: str, second: str) -> None:
         """Exchange the names of two arrays: each is then read, and overwritten, under the other's name.
@@ -109,26 +98,10 @@ class ActivationStreams:
         Raises:
             KeyError: there is no array of that name.
         """
-        first_array, second_array = self._arrays[first], self._arrays[second]
-        self._put(first, second_array)
-        self._put(second, first_array)
-
-    def leave_device(self) -> None:
-        """Move all arrays off the device, and allocate no more there: its memory is needed."""
-        self.memory.room, self.left_device = None, True
-        if self._copies is not None:
-            self._copies.forget_guesses()
-        for name, array in self._arrays.items():
-            self._arrays[name] = self._off_device(array)
-
-    @property
-    def on_device(self) -> bool:
-        """True if some array is on the device."""
-        return any(map(_on_device, self._arrays.values()))
+        self._arrays[first], self._arrays[second] = self._arrays[second], self._arrays[first]
 
     def drop(self, name: str) -> None:
         """Free an array."""
-        self._forget(name)
         del self._arrays[name]
 
     def let_go(self, arrays: Collection[Tensor]) -> None:
@@ -142,54 +115,24 @@ class ActivationStreams:
 
     def between_layers(self) -> dict[str, Tensor]:
         """Arrays in host memory that the next layer starts from, by name."""
-        names = [name for name in BETWEEN_LAYERS if name in self._arrays]
-        for name in names:
-            self._settle(name)
-        return {name: self._off_device(self._arrays[name]) for name in names}
+        arrays = {name: self._arrays[name] for name in BETWEEN_LAYERS if name in self._arrays}
+        return {name: array if array.is_cpu else self.copy_off_device(array) for name, array in arrays.items()}
 
     def restore(self, arrays: Mapping[str, Tensor]) -> None:
         """Set the arrays that `between_layers` returned."""
         for name, values in arrays.items():
-            self._put(name, self._copied(values))
+            self._arrays[name] = self._copied(values)
 
     def write(self, name: str, batch: slice, values: Tensor) -> None:
-        """Write a batch; its array is allocated at the first batch and reused by later layers.
-
-        On a GPU the values must not be changed afterwards: they are copied while it computes.
-        """
+        """Write a batch; its array is allocated at the first batch and reused by later layers."""
         shape = (self.sequences, *values.shape[1:])
         array = self._arrays.get(name)
         if array is None or array.shape != shape or array.dtype != values.dtype:
-            array = self.memory.empty(shape, values.dtype)
-            self._put(name, array)
-        if self._copies is None or _on_device(array):
-            array[batch] = values
-        else:
-            self._copies.write(name, array, batch, values)
-
-    def _put(self, name: str, array: Tensor) -> None:
-        self._forget(name)
-        self._arrays[name] = array
+            array = self._arrays[name] = self.memory.empty(shape, values.dtype)
+        array[batch] = values
 
     def _copied(self, values: Tensor) -> Tensor:
         return self.memory.empty(tuple(values.shape), values.dtype).copy_(values)
-
-    def _off_device(self, array: Tensor) -> Tensor:
-        if not _on_device(array):
-            return array
-        return self.memory.empty_off_device(tuple(array.shape), array.dtype).copy_(array)
-
-    def _settle(self, name: str) -> None:
-        if self._copies is not None:
-            self._copies.settle(name)
-
-    def _forget(self, name: str) -> None:
-        if self._copies is not None:
-            self._copies.forget(name)
-
-
-def _on_device(array: Tensor) -> bool:
-    return array.device.type != "cpu"
 
 
 def pieces(start: int, stop: int, size: int) -> list[slice]:

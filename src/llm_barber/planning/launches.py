@@ -11,11 +11,11 @@ import math
 from collections.abc import Iterable, Sequence
 
 from llm_barber.model.architecture import ATTENTION
-from llm_barber.model.expert_products import LARGE_WEIGHT
 from llm_barber.planning.recipe import Recipe
 from llm_barber.planning.shapes import BlockShapes, LayerShapes, ModelShapes
 from llm_barber.settings.presets import Allocation
 
+LARGE_WEIGHT = 2**24  # a GPU computes with so many elements for longer than the host takes to start an operation
 # In a pass of a block over a batch, beside one for each linear: norm, activation and residual; rotary embeddings;
 # routing of tokens to experts.
 BLOCK, ROTARY, ROUTING = 7, 2, 50

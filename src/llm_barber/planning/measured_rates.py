@@ -23,7 +23,6 @@ from llm_barber.masking.products import exact_half_products
 from llm_barber.masking.selection import SORTED_ON_GPU, sort_values
 from llm_barber.masking.swaps import SWAPS_A_ROUND, swap_pairs
 from llm_barber.model.attention import fast_attention
-from llm_barber.model.gpu_kernels import same_kernels
 from llm_barber.planning.rates import LAUNCHES, Rates
 from llm_barber.planning.recipe import Recipe
 from llm_barber.planning.refining_costs import ROW
@@ -35,7 +34,6 @@ STARTED = 1000  # operations of one measurement
 SECONDS = 1.0  # for one measurement
 
 
-@same_kernels()
 def measured_rates(
     model: ModelShapes, recipe: Recipe, dtype: torch.dtype, device: torch.device, network: float
 ) -> Rates:

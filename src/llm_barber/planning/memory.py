@@ -7,18 +7,13 @@ holds of the previous layer, and pages of the file that is being read.
 from dataclasses import dataclass, replace
 
 from llm_barber.loading.job import OUTSIDE_SHARD_BYTES
-from llm_barber.masking.gradient_squares import gradients_together
 from llm_barber.masking.granularity import Granularity
 from llm_barber.masking.selection import LONGEST_ON_GPU, SORTED_ON_GPU
 from llm_barber.masking.swaps import WEIGHTS_AT_ONCE, WEIGHTS_ON_GPU
-from llm_barber.masking.together import MATRIX_ELEMENTS
 from llm_barber.method.allocation import LOGITS
-from llm_barber.method.gradient_sums import gradients_gathered
 from llm_barber.method.refine import MOMENTS_BYTES
-from llm_barber.model.array_memory import block_size
-from llm_barber.model.expert_products import LARGE_WEIGHT
 from llm_barber.planning.launches import is_stacked
-from llm_barber.planning.recipe import Recipe
+from llm_barber.planning.recipe import Recipe, block_size
 from llm_barber.planning.shapes import BlockShapes, LayerShapes, ModelShapes
 from llm_barber.settings.initial import Initial
 from llm_barber.settings.presets import Allocation
@@ -36,8 +31,6 @@ ERROR_ARRAYS = 6  # float32 arrays of a linear, when its error is computed
 SOLVING = 10  # float32 arrays of a linear, in least squares
 # Float32 copies of a Gram matrix, and of its linear, while a method that gathers Gram matrices updates weights.
 UPDATING = {Initial.SPARSEGPT: (4, 5), Initial.ALPS: (5, 8)}
-PADDED = 2  # rows of experts that are computed together, for each row that has a token (`model/routes.py`)
-STATISTIC_ARRAYS = 2  # float32 matrices of the statistics that are computed together
 LOGIT_ARRAYS = 4  # float32 arrays of the logits: themselves, their logarithm, gradients of both
 
 
@@ -96,10 +89,7 @@ def _pruning(layer: LayerShapes, recipe: Recipe) -> list[Footprint]:
         # Gradients, kept weights and masked copies; scores and changes of values, each with a gradient and two moments.
         parameters = 4 * FLOAT32 * (recipe.refine.tunes_masks + recipe.refine.tunes_weights)
         wider = 2 * FLOAT32 if recipe.itemsize == FLOAT32 else 0  # sums of gradients are float64 then
-        gathered = 1 if recipe.on_cpu else gradients_gathered(layer.weights, recipe.itemsize)
-        gathered = min(gathered, recipe.refine.sequences_a_step)
-        gradients = recipe.itemsize * gathered
-        tuned = (2 * FLOAT32 + parameters + wider + gradients) * layer.weights
+        tuned = (2 * FLOAT32 + parameters + wider + recipe.itemsize) * layer.weights
         moments.append(Footprint(device=tuned + 2 * batch + _stacks(layer, recipe)))
     return moments
 
@@ -201,11 +191,7 @@ def _batch(block: BlockShapes, recipe: Recipe) -> float:
     routed = recipe.batch_tokens * max(1, block.share * block.copies)
     rows = routed * (INPUT_ARRAYS * FLOAT32 * features + OUTPUT_ARRAYS * recipe.itemsize * first)
     rows += recipe.batch_tokens * recipe.tokens * block.score_bytes
-    if recipe.on_cpu or block.copies == 1 or block.largest > LARGE_WEIGHT:
-        return rows
-    # A GPU computes experts together: their weights are stacked.
-    statistics = STATISTIC_ARRAYS * FLOAT32 * min(MATRIX_ELEMENTS, block.all_weights)
-    return PADDED * rows + recipe.itemsize * block.all_weights + statistics
+    return rows
 
 
 def _updating(layer: LayerShapes, recipe: Recipe) -> Footprint:
@@ -227,8 +213,7 @@ def _rebuilding(block: BlockShapes, recipe: Recipe) -> Footprint:
     """Squares of gradients, with a batch and a gradient or with scores and ranking, the larger of both."""
     weights = block.all_weights + block.other_weights
     squares = FLOAT32 * weights
-    together = 1 if recipe.on_cpu else min(recipe.batch, gradients_together(block.largest, recipe.itemsize))
-    passes = _batch(block, recipe) + (together * recipe.itemsize + FLOAT32) * block.largest
+    passes = _batch(block, recipe) + (recipe.itemsize + FLOAT32) * block.largest
     competing = weights if recipe.granularity is Granularity.BLOCK else block.largest
     one_group = recipe.granularity in (Granularity.BLOCK, Granularity.LINEAR)
     joined = FLOAT32 * competing if recipe.granularity is Granularity.BLOCK else 0  # the scores of all linears, copied

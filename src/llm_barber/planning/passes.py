@@ -1,6 +1,5 @@
 """Work of a pass over the calibration tokens, in any stage: forward, inputs, streams and sums."""
 
-from llm_barber.masking.gradient_squares import gradients_together
 from llm_barber.planning.recipe import Recipe
 from llm_barber.planning.shapes import BlockShapes
 from llm_barber.planning.work import Work
@@ -109,5 +108,4 @@ def gradient_squares_work(block: BlockShapes, recipe: Recipe) -> Work:
     weights = recipe.local_sequences * block.all_weights
     if recipe.on_cpu or block.copies > 1:
         return Work(moved=SQUARING * weights)
-    together = min(recipe.batch, gradients_together(block.largest, recipe.itemsize))
-    return Work(moved=(recipe.itemsize + 2 * FLOAT32 / together) * weights)
+    return Work(moved=(recipe.itemsize + 2 * FLOAT32) * weights)

@@ -9,9 +9,8 @@ from llm_barber.errors import ModelError, SettingsError
 from llm_barber.loading.configuration import check_positions
 from llm_barber.loading.naming import check_conversions
 from llm_barber.loading.opening import make_skeleton
-from llm_barber.loading.preparing import sequences_together
 from llm_barber.model.architecture import ARCHITECTURES
-from llm_barber.model.device import free_device_memory, resolve_device, resolve_dtype
+from llm_barber.model.device import free_device_memory, resolve_batch_size, resolve_device, resolve_dtype
 from llm_barber.model.structure import find_architecture
 from llm_barber.planning.configuration import read_configuration
 from llm_barber.planning.costs import run_costs
@@ -68,7 +67,7 @@ def plan(config: PlanConfig, progress: Progress | None = None) -> Forecast:
     model = model_shapes(skeleton)
     _check_pattern(config, model)
     free = _free_device_memory(config, device)
-    batch = sequences_together(config, skeleton, device, config.samples, config.seqlen, int(free))
+    batch = resolve_batch_size(config.batch_size, config.seqlen, config.samples, device)
     host_memory = _host_memory(config, model, device)
     recipe = Recipe.of(config, batch, dtype, stored, device)
     recipe = replace(recipe, reorders=recipe.reorders and bool(architecture.channels))

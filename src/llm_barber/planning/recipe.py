@@ -9,7 +9,6 @@ from llm_barber.masking.granularity import Granularity
 from llm_barber.masking.pattern import NofM, group_pattern
 from llm_barber.method.allocation import loss_windows
 from llm_barber.method.refine_linear import swap_stages
-from llm_barber.model.array_memory import block_size
 from llm_barber.parallel.ranks import Ranks
 from llm_barber.settings.initial import Initial, rebuild_defaults
 from llm_barber.settings.presets import Allocation
@@ -233,3 +232,8 @@ class Recipe:
         """Time of a pass of tuning over that of a process's own windows: the processes without one in a step wait."""
         windows = 1 if self.refine is None else self.refine.sequences_a_step
         return math.ceil(windows / self.processes) * self.processes / windows
+
+
+def block_size(size: int) -> int:
+    """Bytes of pinned memory that PyTorch takes for an array of `size` bytes: the next power of two."""
+    return 1 << max(0, size - 1).bit_length()

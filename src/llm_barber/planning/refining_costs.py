@@ -1,9 +1,6 @@
 """Work of refining: swaps and least squares of a block's linears, tuning of a layer."""
 
-import math
-
 from llm_barber.masking.gram import gram_flops
-from llm_barber.method.gradient_sums import gradients_gathered
 from llm_barber.method.refine_linear import DAMPINGS, STEPS_A_DAMPING, UNGUARDED_STEPS
 from llm_barber.native.changes import ChangedByC
 from llm_barber.planning.initial_costs import RANKING, ranking_work, statistics_work
@@ -124,11 +121,9 @@ def tuning_work(layer: LayerShapes, recipe: Recipe) -> Work:
         work += statistics_work(block, recipe)
         step += ranking_work(block, recipe, RANKING if recipe.on_cpu else MASKED) if tunes_masks else NO_WORK
     if not recipe.on_cpu:
-        # Each sequence's gradients are read. The sum is written once for all that are gathered; each time but the first
-        # of a step it is read before.
+        # Each sequence's gradients are read; the sum is written, and read before, but for the first of a step.
         sequences, steps = passes * trained / recipe.tokens, passes * recipe.tune_steps
-        writes = steps * math.ceil(sequences / steps / gradients_gathered(layer.weights, recipe.itemsize))
-        added = sequences * recipe.itemsize + (2 * writes - steps) * summed
+        added = sequences * recipe.itemsize + (2 * sequences - steps) * summed
         work += Work(moved=(added + SCORES * tunes_masks + CHANGES * tunes_weights) * layer.weights)
     return work + step * (passes * recipe.tune_steps)
 

@@ -7,8 +7,7 @@ import torch
 
 from llm_barber.loading.job import Job
 from llm_barber.model.array_memory import ArrayMemory
-from llm_barber.model.device import free_device_memory
-from llm_barber.planning.limits import device_room, left_for_activations
+from llm_barber.planning.limits import left_for_activations
 from llm_barber.planning.recipe import Recipe
 from llm_barber.planning.shapes import model_shapes
 from llm_barber.run.writer import Writer
@@ -27,9 +26,7 @@ def activation_memory(job: Job, settings: RunSettings, recipe: Recipe, writer: W
     device, shapes = job.skeleton.device, model_shapes(job.skeleton)
     if device.type == "cuda" and (settings.device_memory is not None or device in LIMITED):
         _limit_device(device, settings.device_memory)
-    memory = ArrayMemory(device)
-    if device.type == "cuda" and not settings.activations_off_device and not writer.state.used.off_device:
-        memory.room = device_room(free_device_memory(device, settings.device_memory), shapes, recipe)
+    memory = ArrayMemory(device, on_device=device.type == "cuda" and not settings.activations_off_device)
     if settings.memory is None:
         return memory
     left = left_for_activations(settings.memory, current_memory(), shapes, recipe)

@@ -87,8 +87,6 @@ def finish_output(
 
 def warn_of_results(prepared: PreparedRun, report: RunReport, progress: Progress) -> None:
     """Warn of results that a user would not expect."""
-    if prepared.job.skeleton.order.unavailable:
-        progress.warn("PyTorch adds up a gradient of this model in no fixed order: another run may give other bytes")
     if sinks := layers_ruled_by_one_token(report):
         layers = "layer" if len(sinks) == 1 else "layers"
         page = f"; {PAGE_NAME} has its share by layer" if prepared.config.report else ""

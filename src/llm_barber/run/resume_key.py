@@ -2,9 +2,7 @@
 
 from typing import Any
 
-from llm_barber.gpu.kernels import kernels_of_run, triton_version
 from llm_barber.method.held_out import JUDGE_REVISION
-from llm_barber.model.gpu_kernels import REVISION as GPU_REVISION
 from llm_barber.run.prepared_run import PreparedRun
 from llm_barber.settings.presets import REVISIONS, Preset
 from llm_barber.usage import versions
@@ -47,11 +45,6 @@ def resume_key(prepared: PreparedRun) -> dict[str, Any]:
         revisions[f"revision of the method {initial}"] = initial.revision
     if prepared.refine_settings is not None and prepared.refine_settings.of_layers:
         revisions["revision of the held-out windows"] = JUDGE_REVISION
-    if job.skeleton.device.type != "cpu":
-        triton = kernels_of_run(job.skeleton.device, job.skeleton.dtype)
-        having = ", ".join(name for name, has in triton.items() if has)
-        of_triton = f"Triton {triton_version()}'s in {having}" if having else "none of Triton's"
-        revisions["revision of a GPU's kernels"] = f"{GPU_REVISION}, {of_triton}"
     key = {
         "command": prepared.command,
         "given": given,

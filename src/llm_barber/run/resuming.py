@@ -3,7 +3,6 @@
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import replace
-from functools import partial
 
 from pydantic import ValidationError
 from torch import Tensor
@@ -18,7 +17,6 @@ from llm_barber.method.layer import move_on
 from llm_barber.model.streams import DENSE, DENSE_OUTPUT, HIDDEN, NEXT, ActivationStreams
 from llm_barber.progress import Progress
 from llm_barber.record.layers import LayerResult
-from llm_barber.run.out_of_memory import with_smaller_batches
 from llm_barber.run.prepared_run import PreparedRun
 from llm_barber.run.writer import Writer
 from llm_barber.settings.refining import RefineSettings
@@ -133,8 +131,7 @@ def pass_layers(
     progress.start(f"once more through {counted(count, 'finished layer')}", count)
     for result in finished:
         written = job.ranks.tensors_from_first(writer.read_shard(len(job.outside_shards) + result.index))
-        compute = partial(pass_layer, job, result, ahead.take(), written, settings, streams)
-        with_smaller_batches(compute, partial(job.skeleton.release_layer, result.index), job, streams, progress)
+        pass_layer(job, result, ahead.take(), written, settings, streams)
         progress.advance("")
     keep_activations_if_due(prepared, finished[-1].index + 1, writer, streams)
 
@@ -159,7 +156,6 @@ def used_by(prepared: PreparedRun, writer: Writer, streams: ActivationStreams) -
         peak_device_memory=max(device_peaks, default=None),
         batch_size=streams.batch_size,
         machine=machine(device),
-        off_device=before.off_device or streams.left_device,
         written=prepared.job.source.written,
     )
 

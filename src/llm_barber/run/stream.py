@@ -21,7 +21,8 @@ from llm_barber.method.block_pass import follows_dense
 from llm_barber.method.head import prune_head
 from llm_barber.method.layer import PrunedLayer, prune_layer
 from llm_barber.method.reordering import find_order
-from llm_barber.model.gpu_kernels import same_kernels
+from llm_barber.model.device import device_memory_checked
+from llm_barber.model.fixed_order import fixed_order
 from llm_barber.model.streams import DENSE, HIDDEN, ActivationStreams
 from llm_barber.progress import Progress
 from llm_barber.record.layers import LayerResult
@@ -29,7 +30,6 @@ from llm_barber.record.report import RunReport
 from llm_barber.run.activation_memory import activation_memory
 from llm_barber.run.embedding import copy_outside, embed
 from llm_barber.run.finishing import finish_output, warn_of_results
-from llm_barber.run.out_of_memory import with_smaller_batches
 from llm_barber.run.prepared_run import PreparedRun
 from llm_barber.run.resume_key import resume_key
 from llm_barber.run.resuming import (
@@ -56,7 +56,9 @@ def run(prepared: PreparedRun, progress: Progress) -> RunReport:
     ranks, sequences = prepared.job.ranks, len(prepared.job.tokens.input_ids)
     if prepared.config.resume:
         progress.stage("checking what is finished")
-    with same_kernels(), _open_output(prepared) as writer, hint_at_resuming(writer, progress, prepared.config.resume):
+    order, checked = fixed_order(prepared.job.skeleton.device), device_memory_checked()
+    hint = partial(hint_at_resuming, progress=progress, resumes=prepared.config.resume)
+    with order, checked, _open_output(prepared) as writer, hint(writer):
         reached, activations = writer.read_activations()
         reached, writer.state = ranks.from_first((reached, writer.state))
         results = finished_layers(writer)
@@ -67,7 +69,7 @@ def run(prepared: PreparedRun, progress: Progress) -> RunReport:
         began -= seconds["total"]
         streams, outside = _embed(prepared, writer, seconds, progress)
         _reorder(prepared, streams, writer, seconds, began, progress)
-        with ReadAhead(job.source, job.steps[reached:], streams.memory.pinned) as ahead:
+        with ReadAhead(job.source, job.steps[reached:], streams.device.type != "cpu") as ahead:
             _allocate(prepared, outside, streams, ahead, writer, seconds, began, progress)
             streams.restore(ranks.scatter(activations, sequences, streams.held_out, streams.memory.empty_off_device))
             activations = {}  # restore has copied them: free the memory
@@ -128,7 +130,7 @@ def _embed(
     names = skeleton.outside_names_and_head if needs_loss else skeleton.outside_names
     outside = copy_outside(job, writer, names)
     embedding = {name: outside[name] for name in skeleton.outside_names}
-    streams = embed(job, embedding, refine_settings, memory, progress)
+    streams = embed(job, embedding, refine_settings, memory)
     if follows_dense(refine_settings):
         streams.copy(HIDDEN, DENSE + HIDDEN)
     seconds["embed"] += time.perf_counter() - start
@@ -212,7 +214,7 @@ def _pass_dense(
 ) -> Result:
     """Return what a pass over the dense model finds; count its seconds as a `stage`, and in the total since `began`."""
     start = time.perf_counter()
-    result = with_smaller_batches(compute, prepared.job.skeleton.drop_outside, prepared.job, streams, progress)
+    result = compute()
     passed = time.perf_counter()
     seconds[stage] += passed - start
     seconds["total"] = passed - began
@@ -223,15 +225,10 @@ def _prune_step(
     prepared: PreparedRun, index: int, tensors: dict[str, Tensor], streams: ActivationStreams, progress: Progress
 ) -> PrunedLayer:
     """Prune a decoder layer, or, after the last layer, the output head."""
-    job, settings = prepared.job, prepared.refine_settings
-    compute = partial(
-        prune_layer, job, index, tensors, prepared.initial_masks, prepared.rebuild_settings, settings, streams
-    )
-    release: Callable[[], None] = partial(job.skeleton.release_layer, index)
+    job, masks, settings = prepared.job, prepared.initial_masks, prepared.refine_settings
     if index == job.layer_count:
-        compute = partial(prune_head, job, tensors, prepared.initial_masks, settings, streams)
-        release = job.skeleton.drop_outside
-    return with_smaller_batches(compute, release, job, streams, progress)
+        return prune_head(job, tensors, masks, settings, streams)
+    return prune_layer(job, index, tensors, masks, prepared.rebuild_settings, settings, streams)
 
 
 def _make_durable(

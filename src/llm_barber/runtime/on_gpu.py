@@ -1,6 +1,5 @@
-"""Products of packed linears on a GPU, by Triton's kernels: which kernel takes a product, and what it reads."""
+"""Products of packed linears on a GPU: few rows of inputs by Triton's kernel, more with the unpacked weight."""
 
-import warnings
 from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
@@ -8,62 +7,63 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor, nn
 
-from llm_barber.gpu.kernels import OLDEST_GPU, gpu_number
-from llm_barber.gpu.out_of_memory import is_out_of_memory
-from llm_barber.runtime.kernels.layout import DECODE_ROWS, Places, find_places
-from llm_barber.runtime.kernels.operators import packed_product, unpacked
+from llm_barber.checkpoint.bits import POPCOUNT
+from llm_barber.checkpoint.rounding import restore_rows
 from llm_barber.runtime.products import is_differentiated, is_plain
 
-GROUPS = 32  # a scale of int8 values is for a multiple of so many columns, or for the whole row
-INSTEAD = "every product with a packed weight unpacks it"
-
-
-def has_kernels(device: torch.device) -> bool:
-    """Test whether Triton's kernels run on a device; warn, once for each GPU, why they do not."""
-    if device.type != "cuda":
-        return False
-    return _runs_kernels(gpu_number(device))
+OLDEST_GPU = (8, 0)  # compute capability: Triton compiles bfloat16 for no older GPU
+DECODE_ROWS = 4  # most rows of inputs that the kernel takes: it reads the weight for each
+WORD, CHUNK = 64, 8  # columns of a word of bits; columns that have one scale at most
 
 
 @cache
-def _runs_kernels(index: int) -> bool:
-    """Test a GPU by its number: a first launch compiles C, which fails without a compiler or Python's headers."""
-    if find_spec("triton") is None:
-        warnings.warn(f"without Triton {INSTEAD}: pip install triton", stacklevel=4)
+def has_kernels(device: torch.device) -> bool:
+    """Test whether a GPU runs Triton's kernels; Triton is an extra."""
+    if device.type != "cuda" or find_spec("triton") is None:
         return False
-    if torch.cuda.get_device_capability(index) < OLDEST_GPU:
-        name = torch.cuda.get_device_name(index)
-        warnings.warn(f"Triton's kernels need compute capability 8.0: on {name} {INSTEAD}", stacklevel=4)
-        return False
-    try:
-        _launch(torch.device("cuda", index))
-    except Exception as error:
-        if is_out_of_memory(error):
-            raise  # and is not remembered
-        reason = str(error).strip().partition("\n")[0]
-        warnings.warn(
-            f"Triton's kernels do not run here, so that {INSTEAD} ({type(error).__name__}: {reason}); Triton needs a C "
-            "compiler and Python's headers (Debian: gcc, python3-dev)",
-            stacklevel=4,
-        )
-        return False
-    return True
+    return torch.cuda.get_device_capability(device) >= OLDEST_GPU
 
 
-def _launch(device: torch.device) -> None:
-    """Unpack a small weight, of which half is kept.
+@dataclass(frozen=True)
+class Places:
+    """Places of a weight's kept values, (out, in), on the weight's device.
 
-    Raises:
-        Exception: whatever Triton raises.
+    The value of row r and column c has the number starts[r, c / 64] + the set bits of words[r, c / 64] below c mod 64.
+
+    Attributes:
+        bits: as packed; identifies the weight that the places are of.
+        words: int64, (out, in / 64).
+        starts: int64, (out, in / 64), number of values before each word.
     """
-    bits = torch.full((8,), 0b0101_0101, dtype=torch.uint8, device=device)
-    values = torch.ones(32, dtype=torch.bfloat16, device=device)
-    GpuWeight(find_places(bits, (1, 64)), values, None, 0, 64, torch.bfloat16).unpack()
+
+    bits: Tensor
+    words: Tensor
+    starts: Tensor
+
+
+def find_places(bits: Tensor, shape: tuple[int, int]) -> Places:
+    """Words and starts of a weight, (out, in) with whole words, from its bits, uint8, the first column lowest."""
+    words = bits.clone().view(torch.int64).view(shape[0], shape[1] // WORD)
+    counts = torch.from_numpy(POPCOUNT).to(bits.device)[bits.int()].view(-1, WORD // 8).sum(1, dtype=torch.int64)
+    return Places(bits, words, (counts.cumsum(0) - counts).view(words.shape))
+
+
+def unpack_on_device(values: Tensor, bits: Tensor, shape: tuple[int, int]) -> Tensor:
+    """Unpack a weight, (out, in), by PyTorch's operations, on the device of its parts.
+
+    Args:
+        values: (kept,).
+        bits: uint8, (⌈out · in / 8⌉,).
+        shape: out, in.
+    """
+    shifts = torch.arange(8, dtype=torch.uint8, device=bits.device)
+    kept = ((bits[:, None] >> shifts) & 1).view(-1)[: shape[0] * shape[1]].bool()
+    return values.new_zeros(shape[0] * shape[1]).masked_scatter_(kept, values).view(shape)
 
 
 @dataclass(frozen=True)
 class GpuWeight:
-    """A packed weight as the kernels read it.
+    """A packed weight on a GPU.
 
     `places`: of its values. `values`: (kept,). `scales`: of int8 values, bfloat16, (out, ⌈in / group⌉); else None.
     `group`: columns of a scale, or 0. `columns`: in. `dtype`: of the unpacked weight.
@@ -77,49 +77,34 @@ class GpuWeight:
     dtype: torch.dtype
 
     def multiply(self, inputs: Tensor, bias: Tensor | None) -> Tensor:
-        """inputs · Wᵀ + bias, (…, out): a few rows of inputs with the packed weight, more with the unpacked one.
+        """inputs · Wᵀ + bias, (…, out).
 
         Args:
             inputs: (…, in).
             bias: (out,), or None.
         """
         if is_plain(inputs.dtype, "cuda") and not is_differentiated(inputs, bias) and self.can_decode(inputs, bias):
-            return self.decode(inputs, bias)
+            from llm_barber.runtime.decode_kernel import decode_product
+
+            places = self.places
+            return decode_product(self.values, places.words, places.starts, inputs, bias, self.scales, self.group)
         weight = self.unpack()
         return nn.functional.linear(inputs, weight.to(inputs.dtype) if self.group else weight, bias)
 
     def can_decode(self, inputs: Tensor, bias: Tensor | None) -> bool:
-        """Test whether the decode kernels take these inputs; PyTorch's linear takes others, or refuses them."""
+        """Test whether the kernel takes these inputs; PyTorch's linear takes others, or refuses them."""
         if inputs.shape[-1] != self.columns or inputs.device != self.values.device:
             return False
         if bias is not None and bias.dtype != inputs.dtype:
             return False
-        if not 1 <= inputs.numel() // self.columns <= DECODE_ROWS.get(inputs.dtype, 0):
+        if not 1 <= inputs.numel() // self.columns <= DECODE_ROWS:
             return False
-        if self.group:
-            return self.group % GROUPS == 0 or self.group >= self.columns
-        return inputs.dtype == self.values.dtype
-
-    def decode(self, inputs: Tensor, bias: Tensor | None) -> Tensor:
-        """inputs · Wᵀ + bias, (…, out), by the decode kernels, which take them."""
-        places = self.places
-        return packed_product(  # type: ignore[no-any-return]
-            self.values, places.words, places.starts, places.row_starts, inputs, bias, self.scales, self.group
-        )
+        return self.group % CHUNK == 0 if self.group else inputs.dtype == self.values.dtype
 
     def unpack(self) -> Tensor:
         """The weight, (out, in), of `dtype`."""
-        places = self.places
-        return unpacked(  # type: ignore[no-any-return]
-            self.values,
-            places.words,
-            places.starts,
-            places.row_starts,
-            self.scales,
-            self.group,
-            self.columns,
-            self.dtype,
-        )
+        weight = unpack_on_device(self.values, self.places.bits, (len(self.places.words), self.columns))
+        return weight if self.scales is None else restore_rows(weight, self.scales, self.group, self.dtype)
 
 
 class PlacesOnGpu:
@@ -128,8 +113,6 @@ class PlacesOnGpu:
     def __init__(self, shape: tuple[int, int]) -> None:
         self._shape = shape
         self._places: Places | None = None
-        self._device: torch.device | None = None
-        self._runs = False
 
     def __reduce__(self) -> tuple[type["PlacesOnGpu"], tuple[tuple[int, int]]]:
         """Start a copy without places: it may be read on another device."""
@@ -142,15 +125,11 @@ class PlacesOnGpu:
         return self._places
 
     def usable(self, bits: Tensor) -> bool:
-        """Test whether the kernels run where the bits are; asked again only when these are somewhere else."""
-        if bits.device != self._device:
-            self._device, self._runs = bits.device, has_kernels(bits.device)
-        return self._runs
+        """Test whether the kernel runs where the bits are, and takes rows of this length."""
+        return self._shape[1] % WORD == 0 and has_kernels(bits.device)
 
     def prepare(self, bits: Tensor) -> None:
-        """Find the places where kernels will read them; forget them elsewhere."""
-        self._device = None
+        """Find the places where the kernel will read them, so that a CUDA graph can capture products."""
+        self._places = None
         if self.usable(bits):
             self.of(bits)
-        else:
-            self._places = None

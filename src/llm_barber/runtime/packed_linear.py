@@ -26,10 +26,8 @@ class PackedLinear(PackedModule):
     On the CPU the packed weight is multiplied with few rows of inputs where `llm_barber.native` was built: 4 with AVX2,
     16 with AVX-512 (8 of bfloat16 without its BF16), any number of bfloat16 with AMX. Otherwise the weight is
     unpacked into a buffer that all linears share in a thread; in C a few rows at a time, which are multiplied while
-    they are in the cache. On CUDA with Triton, up to `layout.DECODE_ROWS` rows of inputs go through the decode kernels,
-    which do not unpack; for more rows a kernel unpacks the weight on the GPU. The kernels' places of values are found
-    when the module moves there, so that a CUDA graph can capture every later product. Nothing of this was run on a real
-    GPU.
+    they are in the cache. On CUDA with Triton, up to `on_gpu.DECODE_ROWS` rows of inputs go through the decode kernel,
+    which does not unpack; it was not run on a real GPU.
 
     Buffers may be moved, replaced and loaded, but `bits` must not be written in place.
 
@@ -62,7 +60,7 @@ class PackedLinear(PackedModule):
         if self._places.usable(self.bits):
             return self.gpu_weight().unpack()
         if not self.values.is_cpu:
-            return unpack_on_device(self.values, self.bits, self.shape)
+            return on_gpu.unpack_on_device(self.values, self.bits, self.shape)
         with outside_transforms():
             weight = self.values.new_empty(self.shape)
             self._unpack(weight)
@@ -123,16 +121,3 @@ class PackedLinear(PackedModule):
             parts = Parts.of(self.bits, self.shape, threads)
             self._parts[threads] = self.bits, parts
         return parts
-
-
-def unpack_on_device(values: Tensor, bits: Tensor, shape: tuple[int, int]) -> Tensor:
-    """Unpack a weight, (out, in), by PyTorch's operations, on the device of its parts.
-
-    Args:
-        values: (kept,).
-        bits: uint8, (⌈out · in / 8⌉,).
-        shape: out, in.
-    """
-    shifts = torch.arange(8, dtype=torch.uint8, device=bits.device)
-    kept = ((bits[:, None] >> shifts) & 1).view(-1)[: shape[0] * shape[1]].bool()
-    return values.new_zeros(shape[0] * shape[1]).masked_scatter_(kept, values).view(shape)

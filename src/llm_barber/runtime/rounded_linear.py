@@ -11,7 +11,6 @@ from llm_barber.native.rounded import DTYPES, Kernel, Weight, find_kernel
 from llm_barber.native.rows import Parts
 from llm_barber.native.threads import threads_for
 from llm_barber.runtime import on_gpu
-from llm_barber.runtime.packed_linear import unpack_on_device
 from llm_barber.runtime.packed_module import PackedModule
 from llm_barber.runtime.products import (
     count_rows,
@@ -123,7 +122,7 @@ class RoundedLinear(PackedModule):
         with outside_transforms():
             scales = self.scales.view(torch.bfloat16)
             if not self.values.is_cpu:
-                quotients = unpack_on_device(self.values, self.bits, self.shape)
+                quotients = on_gpu.unpack_on_device(self.values, self.bits, self.shape)
                 return restore_rows(quotients, scales, self.group, self.packed_dtype)
             unpacked = torch.empty(self.shape, dtype=self.packed_dtype, device="cpu") if into is None else into
             weight = self._ready_weight(None, self.packed_dtype)

@@ -1,1 +1,0 @@
-"""Kernels for GPUs; each needs Triton (the extra `gpu`), which the rest of the package does without."""
