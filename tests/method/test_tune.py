@@ -338,7 +338,7 @@ def test_gradients_do_not_vanish(model: Path, dtype: torch.dtype) -> None:
     streams.write(tune.TARGET, slice(0, 1), target)
     weights = {"0": weight.to(dtype)}
     sums = GradientSums(weights, dtype)
-    parameters: Any = SimpleNamespace(by_linear=dict, stacked=dict)
+    parameters: Any = SimpleNamespace(frozen_weights={})
     sums.add(*tune._gradients(layer, weights, parameters, Distance(torch.ones(8)), streams, slice(0, 1)))
     result = sums.finish()["0"]
     difference = (hidden.to(dtype) @ weight.to(dtype).t()).double() - target.double()

@@ -1,4 +1,4 @@
-"""Changes of the kept weights of a stack of linears, which Adam tunes (`tuned_parameters.py`).
+"""Changes of the kept weights of a linear, which Adam tunes (`tuned_parameters.py`).
 
 A value is W + r · c · Δ. Δ is the change; its step size is r · c, a factor of the row times a factor of the column. C
 computes the value in one pass on a CPU, where the extension was built; elsewhere PyTorch's operations do. The bits are

@@ -94,11 +94,11 @@ def _descend(
 
     generator = torch.Generator().manual_seed(0)
     linears = parameters.linears()
-    sums = GradientSums(parameters.stacked_weights(), layer.dtype)
+    sums = GradientSums(parameters.tuned_weights(), layer.dtype)
     judgements = [judge(layer, parameters.weights(), distance, streams)] if settings.held_out else []
     for _ in range(settings.passes):
         for step in torch.randperm(len(steps), generator=generator).tolist():
-            weights = parameters.stacked_weights()
+            weights = parameters.tuned_weights()
             sums.begin()
             for sequence in steps[step].local_sequences:
                 window = slice(sequence, sequence + 1)
@@ -140,19 +140,19 @@ def _concentration(judgements: list[Judgement]) -> Concentration | None:
 
 def _gradients(
     layer: DecoderLayer,
-    weights: Mapping[str, Tensor],
+    weights: dict[str, Tensor],
     parameters: TunedParameters,
     distance: Distance,
     streams: ActivationStreams,
     sequence: slice,
 ) -> tuple[dict[str, Tensor], Tensor]:
-    """Compute one sequence's gradients by the stacked weights, (n · out, in), over a scale, float32 (1,).
+    """Compute one sequence's gradients by the tuned weights, (out, in), over a scale, float32 (1,).
 
     The loss is half the distance, summed over tokens and channels. Huge terms of its gradients are scaled down
     (`clipped_gradients.py`). Weights that the loss does not depend on have no gradient.
     """
     hidden, target = streams.read(HIDDEN, sequence), streams.read(TARGET, sequence)
     parts, scale = output_gradients(
-        layer, parameters.by_linear(weights), hidden, lambda output: distance.gradient(target, output)
+        layer, parameters.frozen_weights | weights, hidden, lambda output: distance.gradient(target, output)
     )
-    return parameters.stacked(clipped_gradients_by_weights(parts)), scale
+    return clipped_gradients_by_weights([part for part in parts if part.name in weights]), scale

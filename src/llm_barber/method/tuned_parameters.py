@@ -15,7 +15,6 @@ from llm_barber.method.changes import Changes
 from llm_barber.method.few_tokens import freeze_linears_with_few_tokens
 from llm_barber.method.input_statistics import collect_inputs
 from llm_barber.method.pruned_linear import PrunedLinear
-from llm_barber.method.stacks import Stack, stack_linears
 from llm_barber.model.block import DecoderLayer
 from llm_barber.model.streams import ActivationStreams
 from llm_barber.settings.refining import RefineSettings
@@ -29,92 +28,68 @@ Linears = Mapping[str, PrunedLinear]
 
 
 class TunedParameters:
-    """Adam's parameters for a layer, one for each stack of linears (`stacks.py`); tensors are by the stack's name.
+    """Adam's parameters for a layer's linears; tensors are (out, in), by linear.
 
-    Experts with few tokens stay as they are: they are in no stack.
+    Experts with few tokens stay as they are: their linears have no parameters.
+
+    Attributes:
+        frozen_weights: weights of these experts, in the compute dtype.
     """
 
     def __init__(self, layer: DecoderLayer, pruned: Linears, settings: RefineSettings, streams: ActivationStreams):
         linears, squares = _collect_squares(layer, pruned, streams)
-        tuned = {name: linear for name, linear in linears.items() if not linear.few_tokens}
-        stacks = stack_linears(tuned, layer.experts)
         self._frozen = {name: linear for name, linear in linears.items() if linear.few_tokens}
-        self._frozen_weights = {name: linear.weight.to(layer.dtype) for name, linear in self._frozen.items()}
-        self._stacks = {stack.name: stack for stack in stacks}
+        self.frozen_weights = {name: linear.weight.to(layer.dtype) for name, linear in self._frozen.items()}
+        self._tuned = {name: linear for name, linear in linears.items() if not linear.few_tokens}
         self._scores: dict[str, Tensor] = {}
         self._pruned_counts: dict[str, Tensor] = {}
         self._changes: dict[str, Changes] = {}
         self._dtype = layer.dtype
-        for stack in stacks:
-            values = stack.split(stack.linear.values)
+        for name, linear in self._tuned.items():
+            mean = squares[name].mean
             if settings.tunes_masks:
-                saliency = [wanda(of_linear, squares[name].mean) for name, of_linear in values.items()]
-                self._add_scores(stack, torch.cat(saliency) if len(saliency) > 1 else saliency[0])
+                self._pruned_counts[name] = count_pruned(linear.keep, linear.pattern)
+                scores = starting_scores(linear.keep, wanda(linear.values, mean), linear.pattern, linear.fixed)
+                self._scores[name] = scores.requires_grad_()
             if settings.tunes_weights:
-                sizes = [step_sizes(of_linear, squares[name].mean) for name, of_linear in values.items()]
-                rows, columns = (torch.stack(factors) for factors in zip(*sizes, strict=True))
-                self._changes[stack.name] = Changes(stack.linear.values, rows, columns)
+                rows, columns = step_sizes(linear.values, mean)
+                self._changes[name] = Changes(linear.values, rows.unsqueeze(0), columns.unsqueeze(0))
         self._runs = {
             name: equal_runs(counts[:, 0])
             for name, counts in self._pruned_counts.items()
-            if self._stacks[name].linear.pattern is None
+            if self._tuned[name].pattern is None
         }
-
-    def _add_scores(self, stack: Stack, saliency: Tensor) -> None:
-        linear = stack.linear
-        self._pruned_counts[stack.name] = count_pruned(linear.keep, linear.pattern)
-        scores = starting_scores(linear.keep, saliency, linear.pattern, linear.fixed)
-        self._scores[stack.name] = scores.requires_grad_()
 
     def groups(self) -> list[dict[str, object]]:
         """Groups of parameters with their rates, as Adam takes them."""
         groups: list[dict[str, object]] = []
         for name, scores in self._scores.items():
-            faster = self._stacks[name].linear.pattern is not None and not self._changes
+            faster = self._tuned[name].pattern is not None and not self._changes
             groups.append({"params": [scores], "lr": PATTERN_SCORE_RATE if faster else SCORE_RATE})
         if self._changes:
             groups.append({"params": [changes.parameter for changes in self._changes.values()], "lr": WEIGHT_RATE})
         return groups
 
-    def stacked_weights(self) -> dict[str, Tensor]:
-        """Current weights, (n · out, in), in the compute dtype and in tensors that are not the parameters."""
-        linears = {name: stack.linear for name, stack in self._stacks.items()}
+    def tuned_weights(self) -> dict[str, Tensor]:
+        """Current weights that are tuned, in the compute dtype and in tensors that are not the parameters."""
         if not self._changes:
-            return {name: linear.weight.to(self._dtype) for name, linear in linears.items()}
+            return {name: linear.weight.to(self._dtype) for name, linear in self._tuned.items()}
         return {
             name: self._changes[name].values(linear.values, self._dtype, linear.keep)
-            for name, linear in linears.items()
+            for name, linear in self._tuned.items()
         }
-
-    def stacked(self, by_linear: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Stack tensors (out, in) of linears, (n · out, in); stacks none of whose linears is named are left out.
-
-        Those of experts with few tokens are ignored.
-        """
-        return {
-            name: stack.join(by_linear)
-            for name, stack in self._stacks.items()
-            if any(linear_name in by_linear for linear_name in stack.names)
-        }
-
-    def by_linear(self, stacked: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Weights of all linears, (out, in): views of the stacks', and those of experts with few tokens."""
-        weights = dict(self._frozen_weights)
-        for name, tensor in stacked.items():
-            weights |= self._stacks[name].split(tensor)
-        return weights
 
     def weights(self) -> dict[str, Tensor]:
-        """Current weights of the layer, (out, in), by linear."""
-        return self.by_linear(self.stacked_weights())
+        """Current weights of the layer, those of experts with few tokens among them."""
+        return self.frozen_weights | self.tuned_weights()
 
     def set_gradients(self, gradients: Mapping[str, Tensor]) -> None:
-        """Set the parameters' gradients, float32, from gradients by the weights, (n · out, in), in `SUM_DTYPES`.
+        """Set the parameters' gradients, float32, from gradients by the tuned weights, in `SUM_DTYPES`.
 
         The gradients by the weights are used up.
         """
-        for name, stack in self._stacks.items():
-            gradient, linear, changes = gradients[name].float(), stack.linear, self._changes.get(name)
+        for name, linear in self._tuned.items():
+            gradient, changes = gradients[name].float(), self._changes.get(name)
             if changes is not None:
                 changes.set_gradient(gradient, linear.free)
             if name in self._scores:
@@ -125,25 +100,23 @@ class TunedParameters:
         """Make the masks from the scores, after a step of Adam."""
         scored = []
         for name, scores in self._scores.items():
-            linear = self._stacks[name].linear
+            linear = self._tuned[name]
             counts = self._pruned_counts[name]
             scored.append(Scored(scores.detach(), linear.keep, counts, linear.pattern, self._runs.get(name)))
         for name, keep in zip(self._scores, masks_from_scores(scored), strict=True):
-            stack = self._stacks[name]
-            # If values change, `stacked_weights` and `linears` compute the weight from them.
-            linear = replace(stack.linear, keep=keep) if self._changes else stack.linear.with_mask(keep)
-            self._stacks[name] = replace(stack, linear=linear)
+            linear = self._tuned[name]
+            # If values change, `tuned_weights` and `linears` compute the weight from them.
+            self._tuned[name] = replace(linear, keep=keep) if self._changes else linear.with_mask(keep)
 
     def linears(self) -> dict[str, PrunedLinear]:
         """Current linears: masks, values and weights."""
-        linears = dict(self._frozen)
-        for name, stack in self._stacks.items():
-            linear = stack.linear
-            if self._changes:
-                values = self._changes[name].values(linear.values, linear.values.dtype)
-                linear = replace(linear, values=values).with_mask(linear.keep)
-            linears |= replace(stack, linear=linear).linears()
-        return linears
+        if not self._changes:
+            return self._frozen | self._tuned
+        tuned = {}
+        for name, linear in self._tuned.items():
+            values = self._changes[name].values(linear.values, linear.values.dtype)
+            tuned[name] = replace(linear, values=values).with_mask(linear.keep)
+        return self._frozen | tuned
 
 
 def _collect_squares(
