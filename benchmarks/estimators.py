@@ -20,7 +20,7 @@ from llm_barber.method.block_pass import BlockPass
 from llm_barber.method.outcome import BlockOutcome
 from llm_barber.method.pruned_linear import PrunedLinear
 from llm_barber.method.rebuild import RebuildSettings
-from llm_barber.model.layer_gradients import block_gradients
+from llm_barber.model.gradients import block_gradients
 from llm_barber.model.streams import DENSE_OUTPUT, HIDDEN
 
 SEED = 20250101  # of the second-order estimator's probes

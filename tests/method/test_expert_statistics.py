@@ -15,7 +15,7 @@ from llm_barber.method.clipped_gradients import clipped_gradients_by_weights
 from llm_barber.method.input_statistics import collect_inputs
 from llm_barber.model.architecture import Block
 from llm_barber.model.block import DecoderLayer
-from llm_barber.model.layer_gradients import block_gradients, output_gradients
+from llm_barber.model.gradients import block_gradients, output_gradients
 from llm_barber.parallel.ranks import Ranks
 from tests.helpers.experts import EXPERTS, HIDDEN, split
 

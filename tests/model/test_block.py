@@ -12,9 +12,8 @@ from llm_barber.errors import ModelError
 from llm_barber.masking.gradient_squares import FisherSums, GradientSquares
 from llm_barber.model.architecture import ARCHITECTURES, LLAMA, Architecture, Block
 from llm_barber.model.block import DecoderLayer
-from llm_barber.model.gradients import reconstruction_errors
+from llm_barber.model.gradients import block_gradients, loss_gradients, output_gradients, reconstruction_errors
 from llm_barber.model.hooks import InputVisitor
-from llm_barber.model.layer_gradients import block_gradients, loss_gradients, output_gradients
 from tests.conftest import make_model
 from tests.model.reference import first_call
 

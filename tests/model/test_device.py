@@ -8,6 +8,7 @@ from transformers import MambaConfig
 from llm_barber.errors import SettingsError
 from llm_barber.model.device import (
     current_gpu_kept,
+    fixed_order,
     free_device_memory,
     resolve_batch_size,
     resolve_device,
@@ -104,3 +105,20 @@ def test_free_memory_is_what_the_process_may_take(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr("torch.cuda.memory_reserved", lambda _: 30)
     monkeypatch.setattr("torch.cuda.memory_allocated", lambda _: 20)
     assert [free_device_memory(CUDA, limit) for limit in (None, 150, 60, 10)] == [110, 110, 40, 0]
+
+
+def mode() -> tuple[bool, bool, bool]:
+    return (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+        torch.utils.deterministic.fill_uninitialized_memory,  # type: ignore[attr-defined]
+    )
+
+
+@pytest.mark.parametrize(("device", "within"), [("cpu", (False, False, True)), ("cuda", (True, True, False))])
+def test_the_mode_is_as_it_was_afterwards(device: str, within: tuple[bool, bool, bool]) -> None:
+    assert mode() == (False, False, True)
+    with pytest.raises(KeyError), fixed_order(torch.device(device)):
+        assert mode() == within
+        raise KeyError
+    assert mode() == (False, False, True)

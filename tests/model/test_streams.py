@@ -7,9 +7,8 @@ import pytest
 import torch
 
 from llm_barber import PruneConfig, prune
-from llm_barber.model.array_memory import ArrayMemory
 from llm_barber.model.device import DeviceMemoryError
-from llm_barber.model.streams import DENSE_OUTPUT, HIDDEN, ActivationStreams
+from llm_barber.model.streams import DENSE_OUTPUT, HIDDEN, ActivationStreams, ArrayMemory
 from llm_barber.run import stream as run_module
 
 

@@ -17,7 +17,7 @@ from llm_barber.checkpoint import writer as writer_module
 from llm_barber.checkpoint.state import STATE_NAME, read_state
 from llm_barber.checkpoint.writer import CheckpointWriter
 from llm_barber.errors import OutputError
-from llm_barber.model.array_memory import ArrayMemory
+from llm_barber.model.streams import ArrayMemory
 from llm_barber.run import stream as run_module
 from tests.conftest import make_model
 from tests.helpers.kills import (

@@ -10,9 +10,8 @@ from llm_barber.errors import ModelError, first_line
 from llm_barber.loading.naming import find_locations, unexpected
 from llm_barber.messages import first_names
 from llm_barber.model.architecture import Architecture
-from llm_barber.model.buffers import stored_buffer_names
 from llm_barber.model.device import experts_per_token
-from llm_barber.model.empty import untie_head
+from llm_barber.model.empty import stored_buffer_names, untie_head
 from llm_barber.model.experts import Experts
 from llm_barber.model.skeleton import Skeleton
 from llm_barber.progress import Progress

@@ -16,7 +16,7 @@ from llm_barber.method.dense_layers import DenseLayers, first_input_kept
 from llm_barber.method.few_tokens import linears_with_few_tokens, total_token_counts
 from llm_barber.method.initial_masks import InitialMasks
 from llm_barber.method.input_statistics import collect_inputs
-from llm_barber.model.layer_gradients import loss_gradients
+from llm_barber.model.gradients import loss_gradients
 from llm_barber.model.streams import HIDDEN, ActivationStreams, pieces
 from llm_barber.progress import Progress
 from llm_barber.settings.presets import Allocation

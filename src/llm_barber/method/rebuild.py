@@ -16,7 +16,7 @@ from llm_barber.method.block_pass import BlockPass
 from llm_barber.method.few_tokens import freeze_linears_with_few_tokens
 from llm_barber.method.outcome import BlockOutcome
 from llm_barber.method.pruned_linear import PrunedLinear, fixed_weights
-from llm_barber.model.layer_gradients import block_gradients
+from llm_barber.model.gradients import block_gradients
 from llm_barber.model.streams import DENSE_OUTPUT, HIDDEN
 
 

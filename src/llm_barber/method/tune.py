@@ -18,8 +18,7 @@ from llm_barber.method.held_out import Judgement, judge
 from llm_barber.method.pruned_linear import PrunedLinear
 from llm_barber.method.tuned_parameters import TunedParameters
 from llm_barber.model.block import DecoderLayer
-from llm_barber.model.gradients import check_finite
-from llm_barber.model.layer_gradients import output_gradients
+from llm_barber.model.gradients import check_finite, output_gradients
 from llm_barber.model.streams import HIDDEN, TARGET, ActivationStreams
 from llm_barber.record.layers import Concentration, kept_pass
 from llm_barber.settings.refining import RefineSettings

@@ -1,4 +1,4 @@
-"""A decoder layer, run with hooks: inputs of linears, outputs of blocks. Its gradients: `layer_gradients.py`.
+"""A decoder layer, run with hooks: inputs of linears, outputs of blocks. Its gradients: `gradients.py`.
 
 The layer's own forward runs, with the captured keyword arguments. A block that is final is not computed again: its
 module returns its kept output (a "replay"). A run ends as soon as its result is known.

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from accelerate import init_empty_weights
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.module import register_module_module_registration_hook
 from torch.overrides import TorchFunctionMode
 from transformers import (
@@ -165,3 +165,20 @@ def join_tied_linears(model: nn.Module) -> None:
         for name, child in module.named_children():
             if isinstance(child, nn.Linear):
                 setattr(module, name, first.setdefault((id(child.weight), id(child.bias)), child))
+
+
+def stored_buffer_names(root: nn.Module) -> list[str]:
+    """Names, inside a module, of the buffers that a checkpoint contains, such as the bias of a router's scores."""
+    return [
+        f"{path}.{name}" if path else name
+        for path, module in root.named_modules()
+        for name, buffer in module._buffers.items()
+        if buffer is not None and name not in module._non_persistent_buffers_set
+    ]
+
+
+def set_buffer(root: nn.Module, name: str, value: Tensor, device: torch.device) -> None:
+    """Set a buffer's value; the buffer keeps its dtype, since routers choose in float32."""
+    path, _, leaf = name.rpartition(".")
+    owner = root.get_submodule(path)
+    setattr(owner, leaf, value.to(device, getattr(owner, leaf).dtype))

@@ -3,13 +3,12 @@
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from llm_barber.model.architecture import Block
-from llm_barber.model.gradients import LinearCall, by_sequence
 
 InputVisitor = Callable[[str, Tensor], None]  # takes a linear's name and its inputs, (sequences, tokens, in)
 # Takes a linear's name, its inputs, and its output, None before it is computed. Returns what the layer goes on with
@@ -19,6 +18,14 @@ _Listener = Callable[[str, Tensor, Tensor | None], Tensor | None]
 
 class Reached(Exception):  # noqa: N818 - a signal, not an error
     """Ends a run that has computed what it was started for."""
+
+
+class LinearCall(NamedTuple):
+    """One call of a linear: its inputs, detached, (…, in), and its output, (…, out), in the graph."""
+
+    name: str
+    inputs: Tensor
+    output: Tensor
 
 
 @dataclass(frozen=True)
@@ -83,13 +90,10 @@ class LayerHooks:
         """
         collected: dict[str, Tensor] = {}
 
-        def note(name: str, read: Tensor, _: Tensor | None) -> None:
-            inputs = by_sequence(read, sequences)
+        def note(name: str, inputs: Tensor) -> None:
             collected[name] = torch.cat([collected[name], inputs], 1) if name in collected else inputs
-            if stop and len(collected) == len(names) and not self._called_again.intersection(names):
-                raise Reached
 
-        with self._heard(names, note, before=True):
+        with self.visited(names, sequences, note, stop):
             yield collected
 
     @contextmanager
@@ -177,3 +181,8 @@ class _Alias(torch.autograd.Function):
 def _without_weights(values: tuple[Any, ...] | list[Any]) -> tuple[Any, ...] | list[Any]:
     """Replace attention weights, (sequences, heads, tokens, tokens), by None."""
     return type(values)(None if isinstance(value, Tensor) and value.dim() == 4 else value for value in values)
+
+
+def by_sequence(activations: Tensor, sequences: int) -> Tensor:
+    """Reshape to (sequences, tokens, features); some layers flatten to (sequences · tokens, features)."""
+    return activations.reshape(sequences, -1, activations.shape[-1])

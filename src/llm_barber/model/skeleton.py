@@ -9,8 +9,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from llm_barber.errors import ModelError
 from llm_barber.model.architecture import Architecture
-from llm_barber.model.buffers import set_buffer, stored_buffer_names
-from llm_barber.model.empty import empty_model, language_model_prefix
+from llm_barber.model.empty import empty_model, language_model_prefix, set_buffer, stored_buffer_names
 from llm_barber.model.stepping import (
     Arguments,
     Stepping,

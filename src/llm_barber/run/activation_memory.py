@@ -6,7 +6,7 @@ from dataclasses import replace
 import torch
 
 from llm_barber.loading.job import Job
-from llm_barber.model.array_memory import ArrayMemory
+from llm_barber.model.streams import ArrayMemory
 from llm_barber.planning.limits import left_for_activations
 from llm_barber.planning.recipe import Recipe
 from llm_barber.planning.shapes import model_shapes

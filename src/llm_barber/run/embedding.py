@@ -7,8 +7,7 @@ from torch import Tensor
 
 from llm_barber.checkpoint.locations import parameters_in
 from llm_barber.loading.job import Job
-from llm_barber.model.array_memory import ArrayMemory
-from llm_barber.model.streams import HIDDEN, ActivationStreams
+from llm_barber.model.streams import HIDDEN, ActivationStreams, ArrayMemory
 from llm_barber.run.writer import Writer
 from llm_barber.settings.refining import RefineSettings
 

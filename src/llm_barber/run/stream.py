@@ -21,8 +21,7 @@ from llm_barber.method.block_pass import follows_dense
 from llm_barber.method.head import prune_head
 from llm_barber.method.layer import PrunedLayer, prune_layer
 from llm_barber.method.reordering import find_order
-from llm_barber.model.device import device_memory_checked
-from llm_barber.model.fixed_order import fixed_order
+from llm_barber.model.device import device_memory_checked, fixed_order
 from llm_barber.model.streams import DENSE, HIDDEN, ActivationStreams
 from llm_barber.progress import Progress
 from llm_barber.record.layers import LayerResult

@@ -21,8 +21,7 @@ from llm_barber.errors import ModelError
 from llm_barber.loading.naming import find_locations, unexpected
 from llm_barber.loading.opening import check_stored, lacking_buffers
 from llm_barber.messages import first_names
-from llm_barber.model.buffers import set_buffer, stored_buffer_names
-from llm_barber.model.empty import empty_model, untie_head
+from llm_barber.model.empty import empty_model, set_buffer, stored_buffer_names, untie_head
 from llm_barber.model.experts import Experts, is_fused
 from llm_barber.progress import Progress
 from llm_barber.runtime.choice import Choice, KeepPacked
