@@ -20,15 +20,15 @@ pytestmark = pytest.mark.usefixtures("with_and_without_c")
 def test_equals_a_loop_over_the_weights(weights: int, density: float, seed: int, kind: type[np.integer]) -> None:
     generator = np.random.default_rng(seed)
     flat = np.where(generator.random(weights) < density, generator.integers(1, 100, weights), 0).astype(kind)
-    before = module.BLOCK, module.BLOCK_IN_C
-    module.BLOCK = module.BLOCK_IN_C = 64  # several blocks, the last one ragged
+    before = module.BLOCK
+    module.BLOCK = 64  # several blocks, the last one ragged
     try:
         bits = find_kept(flat)
         values = take_kept(flat, bits)
         memory = np.full(weights + 16, 7, dtype=kind)  # a margin that must stay as it is
         put_kept(values, bits, memory[8:-8])
     finally:
-        module.BLOCK, module.BLOCK_IN_C = before
+        module.BLOCK = before
     assert [bits[number // 8] >> number % 8 & 1 for number in range(weights)] == [int(weight != 0) for weight in flat]
     assert weights % 8 == 0 or bits[-1] >> weights % 8 == 0
     assert values.tolist() == [weight for weight in flat.tolist() if weight]
@@ -44,7 +44,7 @@ def test_a_mask_for_other_values_is_refused() -> None:
 
 @pytest.mark.parametrize("extra", [-1, 0, 1])
 def test_results_do_not_depend_on_the_number_of_threads(extra: int) -> None:
-    flat = as_integers(torch.randint(0, 3, (9 * module.BLOCK_IN_C + extra,), dtype=torch.int32))
+    flat = as_integers(torch.randint(0, 3, (9 * module.BLOCK + extra,), dtype=torch.int32))
     masks = []
     threads = torch.get_num_threads()
     try:

@@ -1,8 +1,7 @@
 """Bit masks of weights: find the weights that are not +0.0, take them out, put them back.
 
 A mask has one bit a weight. Threads take blocks: in C if that was built (`llm_barber.native`), which is as fast as
-copying memory; else with NumPy. The temporaries of a block fit a core's cache: NumPy's list of positions costs 8 bytes
-a weight, and through memory it would cost more than the rest together.
+copying memory; else with NumPy.
 """
 
 from collections.abc import Callable
@@ -14,8 +13,7 @@ from torch import Tensor
 
 from llm_barber import native
 
-BLOCK = 1 << 16  # weights; a multiple of 8
-BLOCK_IN_C = 1 << 19  # weights; with smaller blocks the calls cost more than the cache saves
+BLOCK = 1 << 19  # weights, a multiple of 8: the temporaries of a block stay in a core's cache or near it
 INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes of an item
 POPCOUNT = np.array([number.bit_count() for number in range(256)], dtype=np.uint8)
 
@@ -33,35 +31,33 @@ def find_kept(flat: np.ndarray) -> np.ndarray:
     """
     bits = np.empty(-(-len(flat) // 8), dtype=np.uint8)
     in_c = native.usable(flat)
-    block = BLOCK_IN_C if in_c else BLOCK
 
     def find_block(start: int) -> None:
-        part, part_bits = flat[start : start + block], bits[start // 8 : (start + block) // 8]
+        part, part_bits = flat[start : start + BLOCK], bits[start // 8 : (start + BLOCK) // 8]
         if in_c and len(part) % 8 == 0:
             native.find(part, part_bits)
         else:
             part_bits[:] = np.packbits(part != 0, bitorder="little")
 
-    _for_blocks(len(flat), block, find_block)
+    _for_blocks(len(flat), find_block)
     return bits
 
 
 def take_kept(flat: np.ndarray, bits: np.ndarray) -> np.ndarray:
     """The weights whose bit is set, in their order, (kept,)."""
     in_c = native.usable(flat)
-    block = BLOCK_IN_C if in_c else BLOCK
-    starts = _value_starts(bits, len(flat), block)
+    starts = _value_starts(bits, len(flat))
     values = np.empty(starts[-1], dtype=flat.dtype)
 
     def take_block(start: int) -> None:
-        number = start // block
-        part, taken = flat[start : start + block], values[starts[number] : starts[number + 1]]
+        number = start // BLOCK
+        part, taken = flat[start : start + BLOCK], values[starts[number] : starts[number + 1]]
         if in_c and len(part) % 8 == 0:
-            native.take(part, bits[start // 8 : (start + block) // 8], taken)
+            native.take(part, bits[start // 8 : (start + BLOCK) // 8], taken)
         else:
-            part.take(_positions(bits, start, len(part)), out=taken, mode="clip")
+            np.compress(_keep(bits, start, len(part)), part, out=taken)
 
-    _for_blocks(len(flat), block, take_block)
+    _for_blocks(len(flat), take_block)
     return values
 
 
@@ -77,23 +73,20 @@ def put_kept(values: np.ndarray, bits: np.ndarray, into: np.ndarray) -> None:
         ValueError: the number of values is not that of the set bits.
     """
     in_c = native.usable(values, into)
-    block = BLOCK_IN_C if in_c else BLOCK
-    starts = _value_starts(bits, len(into), block)
+    starts = _value_starts(bits, len(into))
     if starts[-1] != len(values):
         raise ValueError(f"{len(values)} values, {starts[-1]} places")
 
     def put_block(start: int) -> None:
-        number = start // block
-        part, part_values = into[start : start + block], values[starts[number] : starts[number + 1]]
+        number = start // BLOCK
+        part, part_values = into[start : start + BLOCK], values[starts[number] : starts[number + 1]]
         if in_c and len(part) % 8 == 0:
-            native.put(part_values, bits[start // 8 : (start + block) // 8], part)
+            native.put(part_values, bits[start // 8 : (start + BLOCK) // 8], part)
         else:
             part[:] = 0
-            positions = torch.from_numpy(_positions(bits, start, len(part)))
-            # PyTorch's scatter takes two thirds of the time of NumPy's assignment by positions.
-            torch.from_numpy(part).scatter_(0, positions, torch.from_numpy(part_values))
+            part[_keep(bits, start, len(part))] = part_values
 
-    _for_blocks(len(into), block, put_block)
+    _for_blocks(len(into), put_block)
 
 
 def count_bits(bits: np.ndarray) -> int:
@@ -103,36 +96,35 @@ def count_bits(bits: np.ndarray) -> int:
     return int(count) + int(np.bitwise_count(bits[end:]).sum(dtype=np.int64))
 
 
-def _positions(bits: np.ndarray, start: int, size: int) -> np.ndarray:
-    """Positions of a block's set bits, counted from its start, int64."""
+def _keep(bits: np.ndarray, start: int, size: int) -> np.ndarray:
+    """Keep mask of a block, bool, (size,)."""
     part = bits[start // 8 : -(-(start + size) // 8)]
-    return np.flatnonzero(np.unpackbits(part, count=size, bitorder="little").view(bool))
+    return np.unpackbits(part, count=size, bitorder="little").view(bool)
 
 
-def _value_starts(bits: np.ndarray, weights: int, block: int) -> list[int]:
+def _value_starts(bits: np.ndarray, weights: int) -> list[int]:
     """Index of each block's first value, and the number of all; bits beyond the last weight do not count."""
     starts = [0]
-    for start in range(0, weights, block):
-        part = bits[start // 8 : (start + block) // 8]
-        extra = int(part[-1]) >> weights % 8 if start + block > weights and weights % 8 else 0
+    for start in range(0, weights, BLOCK):
+        part = bits[start // 8 : (start + BLOCK) // 8]
+        extra = int(part[-1]) >> weights % 8 if start + BLOCK > weights and weights % 8 else 0
         starts.append(starts[-1] + count_bits(part) - extra.bit_count())
     return starts
 
 
-def _for_blocks(weights: int, block: int, function: Callable[[int], None]) -> None:
+def _for_blocks(weights: int, function: Callable[[int], None]) -> None:
     """Call a function with the start of each block, in as many threads as PyTorch uses.
 
-    NumPy and PyTorch release Python's lock.
+    NumPy and the C functions release Python's lock.
     """
-    blocks = range(0, weights, block)
+    blocks = range(0, weights, BLOCK)
     threads = min(torch.get_num_threads(), len(blocks) // 4)
     if threads <= 1:
         for start in blocks:
             function(start)
     else:
         with ThreadPoolExecutor(threads) as pool:
-            for _ in pool.map(function, blocks):
-                pass
+            list(pool.map(function, blocks))
 
 
 def as_integers(flat: Tensor) -> np.ndarray:

@@ -3,20 +3,126 @@
 A weight of any float dtype comes back bit for bit.
 
 `bitmask`: one bit a weight, set where the weight is kept. `2:4` and `4:8`: every group of M consecutive weights keeps
-exactly N (a group with fewer keeps zeros, too), and a code says which (`group_codes.py`). A weight is kept if it is not
-+0.0. docs/reference/packed-format.md describes the encoding for other readers.
+exactly N (a group with fewer keeps zeros, too), and a code says which. The N-subsets of {0, …, M − 1} are numbered from
+0 in lexicographic order: 3 bits for the 6 ways to keep 2 of 4, 7 bits for the 70 ways to keep 4 of 8. A weight is kept
+if it is not +0.0. docs/reference/packed-format.md describes the bytes for other readers.
 """
 
+import itertools
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import cache
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from llm_barber import native
 from llm_barber.checkpoint.bits import as_integers, count_bits, find_kept, put_kept, take_kept
-from llm_barber.checkpoint.group_codes import GroupCodes, group_codes
 from llm_barber.checkpoint.memory import Memory, ordinary_memory
+
+FIRST = 1 << 14  # bytes of a bit mask that are looked at first
+CODES_TOGETHER = 8  # eight codes fill a whole number of bytes, whatever their bits
+
+
+@dataclass(frozen=True)
+class GroupCodes:
+    """Codes of the groups of M weights with N values, as look-up tables by a byte of the bit mask and back.
+
+    A byte of the mask has one group (M = 8) or two (M = 4).
+
+    Attributes:
+        width: bits of a code.
+        codes: uint8, (256,), by byte: the codes of its groups, the first group's in the lowest bits. A group that keeps
+            fewer than N has the first code whose way keeps all of its weights.
+        filled: uint8, (256,), by byte: the byte that its codes stand for, with exactly N bits in each group.
+        fits: bool, (256,), by byte: no group keeps more than N.
+        bytes: uint8, by codes: the byte that they stand for; 0 where a code does not exist.
+    """
+
+    n: int
+    m: int
+    width: int
+    codes: np.ndarray
+    filled: np.ndarray
+    fits: np.ndarray
+    bytes: np.ndarray
+
+    @property
+    def layout(self) -> tuple[int, int, int]:
+        """Bytes of eight codes; bytes of the bit mask that they stand for; bits of the codes of one such byte."""
+        return self.width, self.m, self.width * 8 // self.m
+
+    def places_bytes(self, weights: int) -> int:
+        """Bytes of the codes of a number of weights."""
+        return -(-(weights // self.m) // CODES_TOGETHER) * self.width
+
+    def encode(self, bits: np.ndarray, weights: int) -> tuple[np.ndarray, np.ndarray]:
+        """Encode a bit mask that fits.
+
+        Args:
+            bits: uint8, (⌈weights / 8⌉,).
+            weights: number of weights.
+
+        Returns:
+            The codes, uint8, (bytes,): eight codes of b bits are in b bytes, the first in the lowest bits of the first
+            byte. The bit mask of the weights with a value: groups that keep fewer than N have N.
+        """
+        width, together, code_bits = self.layout
+        padded = np.zeros(-(-len(bits) // together) * together, dtype=np.uint8)  # code 0 has no weights
+        padded[: len(bits)] = bits
+        if native.usable():
+            places = np.empty(len(padded) // together * width, dtype=np.uint8)
+            native.join(padded, self.codes, self.layout, places)
+        else:
+            codes = np.unpackbits(self.codes.take(padded)[:, None], axis=1, count=code_bits, bitorder="little")
+            places = np.packbits(codes, bitorder="little")
+        if count_bits(bits) < weights // self.m * self.n:
+            bits = self.filled.take(bits)
+        return places[: self.places_bytes(weights)], bits
+
+    def decode(self, places: np.ndarray, weights: int) -> np.ndarray:
+        """Bit mask of codes, uint8, (⌈weights / 8⌉,).
+
+        Raises:
+            ValueError: a code does not exist, or codes beyond the last group are set.
+        """
+        width, together, code_bits = self.layout
+        last = (weights // self.m - 1) % CODES_TOGETHER + 1  # groups of the last eight codes
+        if int.from_bytes(places[-width:].tobytes(), "little") >> width * last:
+            raise ValueError("codes beyond the last group are set")
+        if native.usable():
+            mask = np.empty(len(places) // width * together, dtype=np.uint8)
+            native.split(places, self.bytes, self.layout, mask)
+        else:
+            codes = np.unpackbits(places, bitorder="little").reshape(-1, code_bits)
+            mask = self.bytes.take(np.packbits(codes, axis=1, bitorder="little")[:, 0])
+        if not mask.all():
+            raise ValueError(f"a code of a group of {self.m} does not exist")
+        mask = mask[: -(-weights // 8)]
+        if weights % 8:
+            mask[-1] &= (1 << weights % 8) - 1  # the code beyond the last group is 0, and stands for kept weights
+        return mask
+
+
+@cache
+def group_codes(n: int, m: int) -> GroupCodes:
+    """Make the codes of groups of M = 4 or 8 weights with N values."""
+    ways = [sum(1 << weight for weight in way) for way in itertools.combinations(range(m), n)]
+    width, groups = (len(ways) - 1).bit_length(), range(8 // m)
+    masks = np.zeros(1 << width * len(groups), dtype=np.uint8)
+    codes, filled = np.zeros(256, dtype=np.uint8), np.zeros(256, dtype=np.uint8)
+    for chosen in itertools.product(range(len(ways)), repeat=len(groups)):
+        masks[sum(chosen[group] << width * group for group in groups)] = sum(
+            ways[chosen[group]] << m * group for group in groups
+        )
+    for byte in range(256):
+        kept = [byte >> m * group & (1 << m) - 1 for group in groups]
+        first = [next((code for code, way in enumerate(ways) if way & part == part), None) for part in kept]
+        if None not in first:
+            codes[byte] = sum((code or 0) << width * group for group, code in enumerate(first))
+            filled[byte] = masks[codes[byte]]
+    return GroupCodes(n, m, width, codes, filled, filled & np.arange(256) == np.arange(256), masks)
 
 
 class Encoding(StrEnum):
@@ -84,14 +190,15 @@ def smallest_encoding(bits: np.ndarray, weights: int, columns: int, item: int) -
     Returns:
         Bytes of values and places; the encoding.
     """
-    size, encoding = _size(Encoding.BITMASK, bits, weights, columns, item), Encoding.BITMASK
-    for grouped in (Encoding.TWO_OF_FOUR, Encoding.FOUR_OF_EIGHT):
-        grouped_size = _size(grouped, bits, weights, columns, item)
-        if grouped_size is not None:
-            size, encoding = min((size, encoding), (grouped_size, grouped))
-            break  # a weight that fits 2:4 fits 4:8, too, in more bytes
-    assert size is not None
-    return size, encoding
+    smallest = count_bits(bits) * item + places_bytes(Encoding.BITMASK, weights), Encoding.BITMASK
+    for encoding in (Encoding.TWO_OF_FOUR, Encoding.FOUR_OF_EIGHT):
+        codes = encoding.group_codes
+        if codes is None or columns % codes.m or not codes.fits.take(bits[:FIRST]).all():
+            continue  # a weight that does not fit shows it soon
+        if codes.fits.take(bits).all():
+            size = weights // codes.m * codes.n * item + codes.places_bytes(weights)
+            return min(smallest, (size, encoding))  # a weight that fits 2:4 fits 4:8, too, in more bytes
+    return smallest
 
 
 def encode(bits: np.ndarray, encoding: Encoding, weights: int) -> tuple[np.ndarray, np.ndarray]:
@@ -160,13 +267,3 @@ def places_bytes(encoding: Encoding, weights: int) -> int:
     """Bytes of the places of a number of weights."""
     codes = encoding.group_codes
     return -(-weights // 8) if codes is None else codes.places_bytes(weights)
-
-
-def _size(encoding: Encoding, bits: np.ndarray, weights: int, columns: int, item: int) -> int | None:
-    """Bytes of a weight with this bit mask in an encoding; None: a group keeps too many weights for it."""
-    codes = encoding.group_codes
-    if codes is None:
-        return count_bits(bits) * item + places_bytes(encoding, weights)
-    if columns % codes.m or not codes.fits(bits):
-        return None
-    return weights // codes.m * codes.n * item + places_bytes(encoding, weights)
