@@ -6,11 +6,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from llm_barber.checkpoint.ahead import ReadAhead
+from llm_barber.checkpoint.ahead import read_ahead
 from llm_barber.checkpoint.companions import companions
 from llm_barber.checkpoint.hub import INDEX_NAME
 from llm_barber.checkpoint.locations import TensorInfo, split_by_bytes
-from llm_barber.checkpoint.memory import ordinary_memory
 from llm_barber.checkpoint.source import CheckpointSource
 from llm_barber.errors import HubError, ModelError
 from tests.conftest import change_json
@@ -27,41 +26,16 @@ def test_single_and_sharded_read_the_same(llama: Path) -> None:
     assert source.tensors["model.norm.weight"] == TensorInfo("b.safetensors", (32,), "F32")
 
 
-def test_tensors_are_copied_to_pinned_memory_once(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A GPU copies from pinned memory while it computes; without a GPU no memory is pinned."""
-    taken: list[torch.Tensor] = []
-
-    def pinned_memory(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-        taken.append(ordinary_memory(shape, dtype))
-        return taken[-1]
-
-    source = CheckpointSource(llama)
-    pageable = source.read(source.tensors)
-    monkeypatch.setattr("llm_barber.checkpoint.ahead.pinned_memory", pinned_memory)
-    assert all(torch.equal(tensor, pageable[name]) for name, tensor in source.read(source.tensors).items())
-    assert not taken
-    with ReadAhead(source, [list(source.tensors)], pinned=True) as ahead:
-        tensors = ahead.take()
-    assert [id(tensor) for tensor in tensors.values()] == [id(tensor) for tensor in taken]
-    assert all(torch.equal(tensor, pageable[name]) for name, tensor in tensors.items())
-
-
-def test_a_reader_lets_the_following_one_begin_once_its_last_group_is_taken(llama: Path) -> None:
-    source = CheckpointSource(llama)
+def test_groups_are_read_one_ahead_of_their_user(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, read = CheckpointSource(llama), CheckpointSource.read
     groups = [[name] for name in list(source.tensors)[:3]]
-    for count in (0, 1, 3):
-        with (
-            ReadAhead(source, groups, False) as following,
-            ReadAhead(source, groups[:count], False, following) as ahead,
-        ):
-            ahead.begin()
-            ahead.begin()  # changes nothing
-            for number, group in enumerate(groups[:count], 1):
-                assert following._coming is None
-                assert list(ahead.take()) == group
-                assert (following._coming is not None) == (number == count)
-            assert following._coming is not None
-            assert [list(following.take()) for _ in groups] == groups
+    started: list[list[str]] = []
+    monkeypatch.setattr(CheckpointSource, "read", lambda self, names: (started.append(names), read(self, names))[1])
+    assert list(read_ahead(source, [])) == []
+    layers = read_ahead(source, groups)
+    assert [list(next(layers)) for _ in range(2)] == groups[:2]
+    layers.close()
+    assert started == groups
 
 
 def expect(folder: Path | str, message: str, hint: str, kind: type[Exception] = ModelError) -> None:

@@ -2,16 +2,13 @@
 
 import faulthandler
 import os
-import signal
 import socket
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.distributed import TCPStore  # type: ignore[attr-defined]  # public, and not in its __all__
 
 from llm_barber.errors import BarberError
 
@@ -36,45 +33,15 @@ def free_port() -> int:
     raise AssertionError("no port is free")
 
 
-@contextmanager
-def agents_store() -> Iterator[int]:
-    """The port of a store that outlives the processes of runs, as torchrun's does.
-
-    It is in a process of its own: the threads of a store here could hold locks while processes of runs are forked.
-    """
-    port = free_port()
-    is_open, opened = os.pipe()
-    child = os.fork()
-    if child == 0:
-        try:
-            store = TCPStore("localhost", port, is_master=True, wait_for_workers=False)
-            os.write(opened, str(store.port).encode())
-            signal.pause()
-        finally:
-            os._exit(1)
-    os.close(opened)
-    try:
-        assert os.read(is_open, 8) == str(port).encode()
-        yield port
-    finally:
-        os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
-        os.close(is_open)
-
-
-def run_ranks(
-    count: int, function: Callable[[int], Any], messages: Path | None = None, port: int | None = None
-) -> list[int]:
+def run_ranks(count: int, function: Callable[[int], Any], messages: Path | None = None) -> list[int]:
     """Call `function(rank)` in each of `count` processes of one run, and return their exit codes.
 
     Args:
         count: number of processes.
         function: called with the rank of its process.
         messages: folder for the message of each `BarberError`, in a file named by the rank.
-        port: at which the processes meet; None: a free one.
     """
-    port = port or free_port()
-    children = []
+    port, children = free_port(), []
     for rank in range(count):
         child = os.fork()
         if child == 0:

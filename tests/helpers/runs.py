@@ -1,25 +1,28 @@
-"""Runs on a tiny model: whole, stopped or killed, and what of their files must be the same."""
+"""Runs on a tiny model: whole, stopped, killed or resumed, and what of their files must be the same."""
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 
 from llm_barber import PruneConfig, RunReport, prune
-from llm_barber.checkpoint.writer import CheckpointWriter
 from llm_barber.run import resuming as resuming_module
 from llm_barber.run import stream as run_module
+from tests.conftest import Listener
 from tests.soak.children import KILLED, die_at
 
 SETTINGS: dict[str, Any] = {"dtype": "float32", "batch_size": 2, "report": False}
+MASK_ALONE: dict[str, Any] = {"initial": "sparsegpt", "rebuild": False, "pattern": "2:4"}  # it runs other weights
 
 
-def run(model: Path, out: Path, tokens: Path, **settings: Any) -> RunReport:
+def run(model: Path, out: Path, tokens: Path, listener: Listener | None = None, **settings: Any) -> RunReport:
     """Prune with `SETTINGS` and the settings given."""
-    return prune(PruneConfig(model=model, output=out, calibration=tokens, **{**SETTINGS, **settings}))
+    return prune(PruneConfig(model=model, output=out, calibration=tokens, **{**SETTINGS, **settings}), listener)
 
 
 def read_untimed_files(folder: Path) -> dict[str, bytes]:
@@ -33,11 +36,24 @@ def read_untimed_record(folder: Path) -> dict[str, Any]:
     record = json.loads((folder / "barber.json").read_text())
     for layer in record["layers"]:
         layer.pop("seconds")
-    return {
-        name: value
-        for name, value in record.items()
-        if name not in ("seconds", "peak_memory", "output", "settings", "digest")
-    }
+    timed = ("seconds", "peak_memory", "output", "settings", "digest")
+    return {name: value for name, value in record.items() if name not in timed}
+
+
+def note_layers(patch: pytest.MonkeyPatch, note: Callable[[str], None]) -> None:
+    """Note each layer that is pruned from now on, as "2", and each that is passed through once more, as "-2"."""
+
+    def noting(module: ModuleType, name: str, line: Callable[[Any], str]) -> None:
+        original = getattr(module, name)
+
+        def noted(job: Any, layer: Any, *values: Any) -> Any:
+            note(line(layer))
+            return original(job, layer, *values)
+
+        patch.setattr(module, name, noted)
+
+    noting(run_module, "prune_layer", str)
+    noting(resuming_module, "pass_layer", lambda result: f"-{result.index}")
 
 
 def run_killed_at(number: int, *arguments: Any, computed: Path = Path(os.devnull), **settings: Any) -> bool:
@@ -48,61 +64,44 @@ def run_killed_at(number: int, *arguments: Any, computed: Path = Path(os.devnull
     Args:
         number: file operations (fsync, rename, unlink) are counted from 1.
         arguments: for `run`.
-        computed: file for the indices of the layers that the process began, a line each. A minus marks a layer that it
-            only passed through once more.
+        computed: file for the layers that the process began, a line each, as `note_layers` writes them.
         settings: for `run`.
     """
     child = os.fork()
     if child == 0:
         torch.set_num_threads(1)
         die_at(number)
-        prune_layer, pass_layer = run_module.prune_layer, resuming_module.pass_layer
-
-        def note_pruned(job: Any, index: int, *rest: Any) -> Any:
-            with computed.open("a") as file:
-                file.write(f"{index}\n")
-            return prune_layer(job, index, *rest)
-
-        def note_passed(job: Any, result: Any, *rest: Any) -> Any:
-            with computed.open("a") as file:
-                file.write(f"-{result.index}\n")
-            return pass_layer(job, result, *rest)
-
-        run_module.prune_layer, resuming_module.pass_layer = note_pruned, note_passed
-        computed.write_text("")
-        try:
-            run(*arguments, **settings)
-        except BaseException:
-            os._exit(1)
-        os._exit(0)
+        with computed.open("w", buffering=1) as file:
+            note_layers(pytest.MonkeyPatch(), lambda line: print(line, file=file))
+            try:
+                run(*arguments, **settings)
+            except BaseException:
+                os._exit(1)
+            os._exit(0)
     status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     assert status in (0, KILLED)
     return status == KILLED
 
 
-def keep_each_input(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Make the input of each layer durable before the layer after it is finished, however long that takes."""
-
-    def begin(self: CheckpointWriter, _: int) -> bool:
-        self._activations.wait()
-        return True
-
-    monkeypatch.setattr(CheckpointWriter, "begin_activations", begin)
-
-
 def run_stopped(monkeypatch: pytest.MonkeyPatch, *arguments: Any, layers: int = 2, **settings: Any) -> None:
-    """Run until `layers` layers are finished, then raise `KeyboardInterrupt` in the run; each input is kept."""
-    keep_each_input(monkeypatch)
-    whole, done = run_module.prune_layer, 0
+    """Run until `layers` layers are finished, then raise `KeyboardInterrupt` in the run."""
+    whole = run_module.prune_layer
 
-    def stop(*values: Any) -> Any:
-        nonlocal done
-        done += 1
-        if done > layers:
+    def stop(job: Any, index: int, *rest: Any) -> Any:
+        if index == layers:
             raise KeyboardInterrupt
-        return whole(*values)
+        return whole(job, index, *rest)
 
-    monkeypatch.setattr(run_module, "prune_layer", stop)
-    with pytest.raises(KeyboardInterrupt):
-        run(*arguments, **settings)
-    monkeypatch.undo()
+    with monkeypatch.context() as patch:
+        patch.setattr(run_module, "prune_layer", stop)
+        with pytest.raises(KeyboardInterrupt):
+            run(*arguments, **settings)
+
+
+def resume(model: Path, out: Path, tokens: Path, **settings: Any) -> tuple[list[str], list[str]]:
+    """Resume a run; returns the layers that it began, as `note_layers` writes them, and its warnings."""
+    listener, layers = Listener(), []
+    with pytest.MonkeyPatch.context() as patch:
+        note_layers(patch, layers.append)
+        run(model, out, tokens, listener, resume=True, **settings)
+    return layers, listener.warnings

@@ -8,7 +8,7 @@ import torch
 
 from llm_barber import PruneConfig, prune
 from llm_barber.model.device import DeviceMemoryError
-from llm_barber.model.streams import DENSE_OUTPUT, HIDDEN, ActivationStreams, ArrayMemory
+from llm_barber.model.streams import HIDDEN, ActivationStreams, ArrayMemory
 from llm_barber.run import stream as run_module
 
 
@@ -24,27 +24,6 @@ def test_swapped_arrays_are_read_by_each_others_names() -> None:
         streams.swap("one", "absent")
     streams.write("other", batch, torch.full((2, 3, 4), 3.0))
     assert (streams.read("one", batch) == 2).all()  # no two names are of one array
-
-
-def test_arrays_that_are_still_read_are_let_go(tmp_path: Path) -> None:
-    """What was written to a file while the next layer was computed must not change; a new array takes its name."""
-    memory = ArrayMemory()
-    streams = ActivationStreams(2, 2, memory)
-    batch, size = slice(0, 2), 2 * 3 * 4 * 4
-    for name, value in ((HIDDEN, 1.0), (DENSE_OUTPUT, 2.0), ("other", 3.0)):
-        streams.write(name, batch, torch.full((2, 3, 4), value))
-    kept = streams.between_layers()
-    streams.let_go(list(kept.values()))  # the next layer still starts from it
-    assert (streams.read(HIDDEN, batch) == 1).all()
-    streams.swap(DENSE_OUTPUT, HIDDEN)
-    streams.let_go(list(kept.values()))
-    assert memory.used == 3 * size
-    streams.write(DENSE_OUTPUT, batch, torch.full((2, 3, 4), 4.0))
-    assert (kept[HIDDEN] == 1).all()
-    assert [float(streams.read(name, batch)[0, 0, 0]) for name in (HIDDEN, DENSE_OUTPUT, "other")] == [2, 4, 3]
-    assert memory.used == 4 * size
-    kept.clear()
-    assert memory.used == 3 * size
 
 
 def test_what_does_not_fit_is_a_file_that_is_gone_when_it_is_closed(tmp_path: Path) -> None:

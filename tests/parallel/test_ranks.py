@@ -20,7 +20,6 @@ from tests.conftest import make_model, read_folder, save_tokens
 from tests.helpers.ranks import REFUSED, free_port, run_ranks
 from tests.helpers.released import REBUILT, make_pruned, rebuild_as_released, released_id
 from tests.helpers.runs import SETTINGS, read_untimed_files
-from tests.helpers.slow_disk import slow_activations
 
 
 @pytest.mark.parametrize(
@@ -140,17 +139,6 @@ def test_tuning_together(
         record = RunReport.model_validate_json((tmp_path / f"by{count}" / "barber.json").read_bytes())
         last_error = record.layers[0].blocks[1].error_after
         assert last_error == pytest.approx(report.layers[0].blocks[1].error_after, rel=1e-3)
-
-
-def test_no_process_waits_for_a_slow_disk(
-    tmp_path: Path, run: Callable[..., RunReport], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A file of activations is complete when the layer after the next one begins."""
-    settings = {"preset": "mask", "tune_passes": 1}
-    run("alone", **settings)
-    slow_activations(monkeypatch, 1)
-    assert run_ranks(2, lambda _: run("together", **settings)) == [0, 0]
-    assert read_untimed_files(tmp_path / "together") == read_untimed_files(tmp_path / "alone")
 
 
 def test_a_group_without_the_cpu_is_refused(tmp_path: Path) -> None:

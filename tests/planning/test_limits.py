@@ -13,7 +13,6 @@ import pytest
 import torch
 
 from llm_barber import PruneConfig, prune
-from llm_barber.checkpoint.follower import Follower
 from llm_barber.errors import SettingsError
 from llm_barber.model import streams as streams_module
 from llm_barber.parallel.ranks import Ranks
@@ -22,7 +21,7 @@ from llm_barber.progress import Silent
 from llm_barber.run.activation_memory import activation_memory
 from llm_barber.run.commands import prepare_prune
 from llm_barber.run.dry_run import dry_run
-from llm_barber.run.embedding import embed
+from llm_barber.run.stream import _embed
 from llm_barber.text.calibration import text_size
 from llm_barber.usage import current_memory
 from tests.conftest import make_model, save_tokens
@@ -79,13 +78,13 @@ def test_the_plan_knows_the_activations(
     kept: list[Any] = []
 
     def noted(*arguments: Any) -> Any:
-        kept.extend([embed(*arguments), arguments[3]])
-        return kept[0]
+        kept.extend(_embed(*arguments))
+        return tuple(kept)
 
-    monkeypatch.setattr("llm_barber.run.stream.embed", noted)
+    monkeypatch.setattr("llm_barber.run.stream._embed", noted)
     planned = dry_run(config).stream_bytes
     prune(config)
-    assert kept[1].used == planned
+    assert kept[0].memory.used == planned
 
 
 BOUND = """
@@ -210,4 +209,4 @@ def test_activations_stay_on_a_gpu_unless_told_otherwise(
     prepared = prepare_prune(config, Silent(), Ranks())
     prepared.job.skeleton.device = torch.device("cuda")
     recipe = replace(prepared.recipe, on_cpu=False)
-    assert activation_memory(prepared.job, config, recipe, Follower(tmp_path)).on_device is not off_device
+    assert activation_memory(prepared.job, config, recipe, tmp_path).on_device is not off_device

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from llm_barber import PackConfig, PruneConfig, RebuildConfig, hold_zeros, pack, prune, rebuild, save_finetuned
 from llm_barber.checkpoint import gguf
 from llm_barber.checkpoint.companions import REPLACED
-from llm_barber.checkpoint.state import STATE_BEFORE, STATE_NAME
+from llm_barber.checkpoint.state import STATE_NAME
 from llm_barber.errors import OutputError
 from llm_barber.run import finished
 from tests.conftest import Listener, load_model, save_tokens
@@ -24,7 +24,7 @@ def test_a_kill_when_the_output_has_its_name(tmp_path: Path, model: Path, tokens
     settings: dict[str, Any] = {"model": model, "output": tmp_path / "out", "calibration": tokens, "initial": "wanda"}
     report = prune(PruneConfig(**settings))
     before = read_untimed_files(tmp_path / "out")
-    for name in (STATE_NAME, STATE_BEFORE, "llm-barber.lock"):
+    for name in (STATE_NAME, "llm-barber.lock"):
         (tmp_path / "out" / name).write_text("{}")
     with pytest.raises(OutputError, match="by a run with other settings: rebuild_ratio .then the default, now 0.5"):
         prune(PruneConfig(**settings, resume=True, rebuild_ratio=0.5))  # another run

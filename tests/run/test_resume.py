@@ -1,32 +1,38 @@
-"""A run that is killed at any moment goes on to the same bytes."""
+"""A run that is killed at any moment goes on to the same bytes; damaged files cost the layers that they held."""
 
+import errno
 import json
 import os
-import shutil
-import time
+import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from llm_barber import PruneConfig, RebuildConfig, prune, rebuild
+from llm_barber.checkpoint import writer as writer_module
 from llm_barber.checkpoint.companions import LOCK_NAME
+from llm_barber.checkpoint.digests import with_digest
 from llm_barber.checkpoint.folder import locked
-from llm_barber.checkpoint.state import STATE_BEFORE, STATE_NAME
+from llm_barber.checkpoint.state import STATE_NAME, read_state
 from llm_barber.errors import OutputError
 from llm_barber.progress import Silent
 from llm_barber.run import stream as run_module
 from llm_barber.run.dry_run import DryRun, dry_run
-from llm_barber.settings.initial import Initial
 from tests.conftest import make_model
-from tests.helpers.resumed_runs import (
+from tests.helpers.runs import (
     MASK_ALONE,
-    check_resumed,
-    record_passed_layers,
-    record_pruned_layers,
-    resume_warnings,
+    SETTINGS,
+    read_untimed_files,
+    read_untimed_record,
+    resume,
+    run,
+    run_killed_at,
+    run_stopped,
 )
-from tests.helpers.runs import SETTINGS, read_untimed_files, read_untimed_record, run, run_killed_at, run_stopped
+
+PUBLISHED: dict[str, Any] = {"initial": "wanda", "rebuild": False}  # no allocation, which would be kept
 
 
 @pytest.mark.parametrize(
@@ -43,82 +49,77 @@ def test_killed_at_any_moment_it_goes_on_to_the_same_bytes(
     tmp_path: Path, model: Path, tokens: Path, settings: dict[str, Any]
 ) -> None:
     run(model, tmp_path / "whole", tokens, **settings)
-    kills, reached, passes = 0, 0, 0
+    out, kills, reached = tmp_path / "out", 0, 0
     for number in range(1, 200, 3):  # each on top of what the earlier ones left
-        killed = run_killed_at(
-            number, model, tmp_path / "out", tokens, computed=tmp_path / "computed", resume=True, **settings
-        )
-        lines = (tmp_path / "computed").read_text().split()
-        passed = [line for line in lines if line.startswith("-")]
-        assert len(passed) <= 2  # two where writing took longer than the next layer
-        passes += len(passed)
-        if computed := [int(line) for line in lines if line not in passed]:
-            # Of what was computed before only the layer that was in the making, or was not durable yet, is again.
+        killed = run_killed_at(number, model, out, tokens, computed=tmp_path / "layers", resume=True, **settings)
+        lines = (tmp_path / "layers").read_text().split()
+        if computed := [int(line) for line in lines if not line.startswith("-")]:
+            # Of what was computed before, only the layer that was in the making or not durable yet is again.
             assert computed == list(range(computed[0], computed[-1] + 1))
-            assert computed[0] >= reached - 1  # the shard of the layer before may have been waiting
+            assert reached - 1 <= computed[0]
             reached = computed[-1]
-        if not killed:
+        if not killed or out.exists():  # killed after the folder had its name: nothing is lost
             break
         kills += 1
-        if (tmp_path / "out").exists():  # killed after the folder had its name: nothing is lost
-            break
     assert kills > 5
-    # Its stream went through updated weights, which are not written.
-    assert (passes > 0) is ("rebuild" not in settings)
     assert reached == 2
-    left = {STATE_NAME, STATE_BEFORE, "llm-barber.lock"}
-    whole, resumed = read_untimed_files(tmp_path / "whole"), read_untimed_files(tmp_path / "out")
-    assert resumed.keys() - left == whole.keys()
+    whole, resumed = read_untimed_files(tmp_path / "whole"), read_untimed_files(out)
+    assert resumed.keys() - {STATE_NAME, LOCK_NAME} == whole.keys()
     assert {name: resumed[name] for name in whole} == whole
-    assert read_untimed_record(tmp_path / "out") == read_untimed_record(tmp_path / "whole")
+    assert read_untimed_record(out) == read_untimed_record(tmp_path / "whole")
 
 
-def test_only_what_is_missing_is_computed(
+@pytest.mark.parametrize(
+    ("family", "settings"),
+    [
+        ("llama", {}),
+        ("llama", {**MASK_ALONE, "initial": "alps"}),
+        ("llama", {**MASK_ALONE, "keep_updates": True}),
+        ("llama", {**MASK_ALONE, "skip_layers": (0,)}),
+        ("gpt2", MASK_ALONE),
+        # Refined linears have held-out windows apart; this model's layers round otherwise by batch size.
+        ("jamba", {"initial": "wanda", "refine": "swaps", "reconstruct": "least-squares"}),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "-".join(map(str, value.values())),
+)
+def test_finished_layers_are_passed_through_and_not_pruned_again(
+    tmp_path: Path, tokens: Path, monkeypatch: pytest.MonkeyPatch, family: str, settings: dict[str, Any]
+) -> None:
+    model = make_model(tmp_path / "dense", family)
+    report = run(model, tmp_path / "whole", tokens, **settings)
+    run_stopped(monkeypatch, model, tmp_path / "out", tokens, layers=1, **settings)
+    layers, _ = resume(model, tmp_path / "out", tokens, **settings)
+    assert layers == ["-0", *map(str, range(1, len(report.layers)))]
+    assert read_untimed_files(tmp_path / "out") == read_untimed_files(tmp_path / "whole")
+    assert not (tmp_path / "out.partial").exists()
+
+
+def test_with_nothing_to_go_on_with_it_starts(tmp_path: Path, model: Path, tokens: Path) -> None:
+    assert resume(model, tmp_path / "out", tokens)[0] == ["0", "1", "2"]
+
+
+def test_an_allocation_and_its_seconds_are_kept_before_the_first_layer_is_finished(
     tmp_path: Path, model: Path, tokens: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run(model, tmp_path / "whole", tokens)
-    run_stopped(monkeypatch, model, tmp_path / "out", tokens)
-    pruned_layers = record_pruned_layers(monkeypatch)
-    report = run(model, tmp_path / "out", tokens, resume=True)
-    assert pruned_layers == [2]
-    assert report.seconds["total"] >= sum(layer.seconds for layer in report.layers) > 0
-    assert read_untimed_files(tmp_path / "out") == read_untimed_files(tmp_path / "whole")
-    assert not (tmp_path / "out.partial").exists()
-    run(model, tmp_path / "fresh", tokens, resume=True)  # nothing to go on with: it starts
-    assert read_untimed_files(tmp_path / "fresh") == read_untimed_files(tmp_path / "whole")
-
-
-def test_the_seconds_of_an_allocation_are_kept_before_the_first_layer_is_finished(
-    tmp_path: Path, model: Path, tokens: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    whole = run_module.allocate
-
-    def slow(*values: Any) -> Any:
-        time.sleep(0.5)
-        return whole(*values)
-
-    monkeypatch.setattr(run_module, "allocate", slow)
     run_stopped(monkeypatch, model, tmp_path / "out", tokens, layers=0)
     kept = json.loads((tmp_path / "out.partial" / STATE_NAME).read_text())["seconds"]
-    assert kept["total"] >= kept["allocate"] >= 0.5
-    seconds = run(model, tmp_path / "out", tokens, resume=True).seconds
-    assert seconds["allocate"] == kept["allocate"]
-    assert seconds["total"] >= kept["total"] + seconds["layers"]
+    monkeypatch.setattr(run_module, "allocate", None)
+    report = run(model, tmp_path / "out", tokens, resume=True)
+    assert read_untimed_files(tmp_path / "out") == read_untimed_files(tmp_path / "whole")
+    assert report.seconds["allocate"] == kept["allocate"] > 0
+    assert report.seconds["total"] >= kept["total"] + report.seconds["layers"]
+    assert report.seconds["total"] >= sum(layer.seconds for layer in report.layers) > 0
 
 
 class Steps(Silent):
-    """Listener that keeps the stages that have steps, and how many of these are told."""
+    """Listener that keeps the stages that have steps."""
 
     def __init__(self) -> None:
         self.stages: list[tuple[str, int, int]] = []
-        self.steps: dict[str, int] = {}
 
     def start(self, title: str, total: int, finished: int = 0) -> None:
         self.stages.append((title, total, finished))
-
-    def advance(self, detail: str) -> None:
-        title = self.stages[-1][0]
-        self.steps[title] = self.steps.get(title, 0) + 1
 
 
 def test_finished_layers_are_no_steps_of_the_run_that_goes_on(
@@ -127,45 +128,7 @@ def test_finished_layers_are_no_steps_of_the_run_that_goes_on(
     run_stopped(monkeypatch, model, tmp_path / "out", tokens)
     told = Steps()
     prune(PruneConfig(model=model, output=tmp_path / "out", calibration=tokens, **SETTINGS, resume=True), told)
-    assert told.stages[-1] == ("pruning", 3, 2)
-    assert told.steps["pruning"] == 1
-
-
-def test_the_dense_stream_goes_through_a_finished_layer_in_the_same_batches(
-    tmp_path: Path, tokens: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Refined linears have held-out windows apart; this model's layers round otherwise by batch size."""
-    settings = {"initial": "wanda", "refine": "swaps", "reconstruct": "least-squares"}
-    jamba = make_model(tmp_path / "jamba", "jamba")
-    run(jamba, tmp_path / "whole", tokens, **settings)
-    run_stopped(monkeypatch, jamba, tmp_path / "out", tokens, layers=1, **settings)
-    next((tmp_path / "out.partial").glob("activations-*")).unlink()
-    passed_layers = record_passed_layers(monkeypatch)
-    run(jamba, tmp_path / "out", tokens, resume=True, **settings)
-    assert passed_layers == [0]
-    assert read_untimed_files(tmp_path / "out") == read_untimed_files(tmp_path / "whole")
-
-
-@pytest.mark.parametrize("initial", [method for method in Initial if method.has_updates])
-def test_layers_whose_output_cannot_be_made_again_are_pruned_again(
-    tmp_path: Path, model: Path, tokens: Path, monkeypatch: pytest.MonkeyPatch, initial: str
-) -> None:
-    """Updated weights made it, and dense ones are written."""
-    settings = {**MASK_ALONE, "initial": initial}
-    run(model, tmp_path / "whole", tokens, **settings)
-    run_stopped(monkeypatch, model, tmp_path / "out", tokens, **settings)
-    newest = max((tmp_path / "out.partial").glob("activations-*"))
-    newest.unlink()
-    check_resumed(monkeypatch, tmp_path, model, tokens, [1, 2], **settings)
-    monkeypatch.undo()
-    for kept in ({"keep_updates": True}, {"rebuild": True}, {"refine": "swaps"}):
-        shutil.rmtree(tmp_path / "whole")
-        run(model, tmp_path / "whole", tokens, **{**settings, **kept})
-        shutil.rmtree(tmp_path / "out")
-        run_stopped(monkeypatch, model, tmp_path / "out", tokens, **{**settings, **kept})
-        max((tmp_path / "out.partial").glob("activations-*")).unlink()
-        check_resumed(monkeypatch, tmp_path, model, tokens, [2], [1], **{**settings, **kept})
-        monkeypatch.undo()
+    assert told.stages == [("once more through 2 finished layers", 2, 0), ("pruning", 3, 2)]
 
 
 def test_a_model_that_was_written_since_is_told_of(
@@ -173,35 +136,21 @@ def test_a_model_that_was_written_since_is_told_of(
 ) -> None:
     run_stopped(monkeypatch, model, tmp_path / "out", tokens)
     os.utime(model / "model.safetensors", ns=(1, 1))
-    warnings = resume_warnings(model, tmp_path / "out", tokens)
-    assert [warning for warning in warnings if warning.startswith("model.safetensors of the model was modified after")]
-
-
-def test_an_allocation_is_not_made_twice(
-    tmp_path: Path, model: Path, tokens: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    settings: dict[str, Any] = {"preset": "mask"}
-    run(model, tmp_path / "whole", tokens, **settings)
-    run_stopped(monkeypatch, model, tmp_path / "out", tokens, layers=0, **settings)
-    monkeypatch.setattr("llm_barber.run.stream.allocate", None)
-    run(model, tmp_path / "out", tokens, resume=True, **settings)
-    assert read_untimed_files(tmp_path / "out") == read_untimed_files(tmp_path / "whole")
+    _, warnings = resume(model, tmp_path / "out", tokens)
+    assert any(warning.startswith("model.safetensors of the model was modified after") for warning in warnings)
 
 
 def test_rebuild_goes_on_too_and_notices_another_pruned_model(
     tmp_path: Path, model: Path, tokens: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run(model, tmp_path / "pruned", tokens, rebuild=False)
+    run(model, tmp_path / "other", tokens, rebuild=False, sparsity=0.6)
     settings = {"dense": model, "pruned": tmp_path / "pruned", "calibration": tokens, "rebuild_ratio": 0.5, **SETTINGS}
     rebuild(RebuildConfig(output=tmp_path / "whole", **settings))
     whole = run_module.prune_layer
-    monkeypatch.setattr(
-        run_module, "prune_layer", lambda job, index, *rest: whole(job, index, *rest) if index < 1 else 1 / 0
-    )
-    with pytest.raises(ZeroDivisionError):
+    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
+        patch.setattr(run_module, "prune_layer", lambda job, index, *rest: whole(job, index // (1 - index), *rest))
         rebuild(RebuildConfig(output=tmp_path / "out", **settings))
-    monkeypatch.undo()
-    run(model, tmp_path / "other", tokens, rebuild=False, sparsity=0.6)
     with pytest.raises(OutputError, match="another pruned model's files"):
         rebuild(RebuildConfig(output=tmp_path / "out", resume=True, **settings | {"pruned": tmp_path / "other"}))
     rebuild(RebuildConfig(output=tmp_path / "out", resume=True, **settings))
@@ -212,7 +161,6 @@ def test_a_dry_run_says_where_it_would_go_on_and_writes_nothing(
     tmp_path: Path, model: Path, tokens: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run_stopped(monkeypatch, model, tmp_path / "out", tokens)
-    (tmp_path / "out.partial" / STATE_NAME).write_text("{")  # the state before is taken
     before = read_untimed_files(tmp_path / "out.partial")
 
     def planned(**settings: Any) -> DryRun:
@@ -229,11 +177,164 @@ def test_a_dry_run_says_where_it_would_go_on_and_writes_nothing(
         planned()
     with pytest.raises(OutputError, match=r"started with another sparsity \(then 0.5, now 0.6\)"):
         planned(resume=True, sparsity=0.6)
-    with pytest.raises(OutputError, match=r"target_mix \(then 0.5, now 0.75\)"):
-        planned(resume=True, target_mix=0.75)
-    assert planned(resume=True, target_mix=0.5).finished_layers == 2
     assert read_untimed_files(tmp_path / "out.partial") == before
     run(model, tmp_path / "out", tokens, resume=True)
     assert planned(resume=True).finished_layers == 3
     with pytest.raises(OutputError, match="exists"):
         planned()
+
+
+def damage(path: Path) -> None:
+    """Change the last byte of a file."""
+    content = path.read_bytes()
+    path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+
+
+@pytest.mark.parametrize(
+    ("damaged", "layers", "settings"),
+    [
+        ("model-00001-of-00004", ["-0", "-1", "2"], {}),
+        ("model-00002-of-00004", ["0", "1", "2"], {}),
+        ("model-00002-of-00004", ["0", "1", "2"], PUBLISHED),
+        ("packed-model-00003-of-00004", ["-0", "1", "2"], {"format": "packed"}),
+        ("updated-00001", ["-0", "1", "2"], MASK_ALONE),
+    ],
+)
+def test_only_layers_from_the_damage_on_are_pruned_again(
+    tmp_path: Path,
+    model: Path,
+    tokens: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    damaged: str,
+    layers: list[str],
+    settings: dict[str, Any],
+) -> None:
+    run(model, tmp_path / "whole", tokens, **settings)
+    run_stopped(monkeypatch, model, tmp_path / "out", tokens, **settings)
+    damage(tmp_path / "out.partial" / f"{damaged}.safetensors")
+    again, warnings = resume(model, tmp_path / "out", tokens, **settings)
+    assert again == layers
+    lost = f"{damaged}.safetensors of the unfinished run is damaged or missing: "
+    assert any(warning.startswith(lost) for warning in warnings)
+    assert read_untimed_files(tmp_path / "out") == read_untimed_files(tmp_path / "whole")
+
+
+def test_a_run_of_which_only_the_end_is_missing(
+    tmp_path: Path, model: Path, tokens: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(model, tmp_path / "whole", tokens)
+    with monkeypatch.context() as patch, pytest.raises(TypeError):
+        patch.setattr(run_module, "finish_output", None)
+        run(model, tmp_path / "out", tokens)
+    damage(tmp_path / "out.partial" / "model-00001-of-00004.safetensors")  # outside the layers: copied again
+    assert resume(model, tmp_path / "out", tokens)[0] == []
+    assert read_untimed_files(tmp_path / "out") == read_untimed_files(tmp_path / "whole")
+
+
+def cut(state: Path) -> None:
+    """Lose the end of the state."""
+    state.write_bytes(state.read_bytes()[:-1])
+
+
+def change_digit(state: Path) -> None:
+    """Change an allocated sparsity; the file stays valid JSON."""
+    content = json.loads(state.read_text())
+    content["sparsities"] = {name: value * 0.9 for name, value in content["sparsities"].items()}
+    state.write_text(json.dumps(content))
+
+
+def make_pipe(state: Path) -> None:
+    """Whoever opens the state waits for ever."""
+    state.unlink()
+    os.mkfifo(state)
+
+
+def make_folder(state: Path) -> None:
+    """A folder has the name of the state."""
+    state.unlink()
+    state.mkdir()
+
+
+def of_another_version(state: Path) -> None:
+    """The state is whole, and of an earlier version of the program."""
+    state.write_text(json.dumps(with_digest({**json.loads(state.read_text()), "version": 7})))
+
+
+@pytest.mark.parametrize("change", [cut, change_digit, make_pipe, make_folder, of_another_version])
+def test_a_state_that_cannot_be_read_is_refused(
+    tmp_path: Path, model: Path, tokens: Path, monkeypatch: pytest.MonkeyPatch, change: Callable[[Path], None]
+) -> None:
+    run_stopped(monkeypatch, model, tmp_path / "out", tokens, layers=1)
+    change(tmp_path / "out.partial" / STATE_NAME)
+    expected = (
+        "has version 7, this program goes on with 8" if change is of_another_version else r"state\.json is damaged"
+    )
+    for resumed in (True, False):
+        with pytest.raises(OutputError, match=expected) as caught:
+            run(model, tmp_path / "out", tokens, resume=resumed)
+        assert "--overwrite" in caught.value.hint
+    run(model, tmp_path / "out", tokens, overwrite=True)
+
+
+def test_without_a_state_it_starts_again_and_says_so(
+    tmp_path: Path, model: Path, tokens: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_stopped(monkeypatch, model, tmp_path / "out", tokens)
+    (tmp_path / "out.partial" / STATE_NAME).unlink()
+    layers, warnings = resume(model, tmp_path / "out", tokens)
+    assert layers == ["0", "1", "2"]
+    assert any(warning.startswith("state.json of the unfinished run is damaged or missing: 0") for warning in warnings)
+
+
+@pytest.mark.parametrize("format", ["dense", "packed"])
+def test_a_layer_is_computed_while_the_shard_before_it_is_written(
+    tmp_path: Path, model: Path, tokens: Path, monkeypatch: pytest.MonkeyPatch, format: str
+) -> None:
+    """Not more than one shard waits to be written: the next one would take its memory, too."""
+    begun = [threading.Event() for _ in range(3)]
+    prune_layer, sync, writing = run_module.prune_layer, writer_module.sync_file, threading.Lock()
+
+    def noted(job: Any, index: int, *rest: Any) -> Any:
+        begun[index].set()
+        return prune_layer(job, index, *rest)
+
+    def slow(path: Path) -> str:
+        assert writing.acquire(blocking=False)
+        number = int(path.name.split("-of-")[0][-5:])  # 1: the tensors outside the layers
+        assert number not in (2, 3) or begun[number - 1].wait(60), "a layer waits for a shard that is written before it"
+        digest = sync(path)
+        writing.release()
+        return digest
+
+    run(model, tmp_path / "whole", tokens, format=format)
+    monkeypatch.setattr(run_module, "prune_layer", noted)
+    monkeypatch.setattr(writer_module, "sync_file", slow)
+    run(model, tmp_path / "out", tokens, format=format)
+    assert read_untimed_files(tmp_path / "out") == read_untimed_files(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("place", ["sync_file", "write_state"])
+@pytest.mark.parametrize(
+    ("number", "message"), [(errno.ENOSPC, "the disk of .* is full"), (errno.EACCES, "cannot write .*: .*denied")]
+)
+def test_errors_of_the_writing_thread_reach_the_run(
+    tmp_path: Path, model: Path, tokens: Path, monkeypatch: pytest.MonkeyPatch, place: str, number: int, message: str
+) -> None:
+    """The second layer cannot be written; all that is said to be finished is durable."""
+    original = getattr(writer_module, place)
+
+    def failing(*values: Any) -> Any:
+        if "-00003-of-" in values[0].name or (place == "write_state" and len(values[1].layers) > 1):
+            raise OSError(number, os.strerror(number))
+        return original(*values)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(writer_module, place, failing)
+        with pytest.raises(OutputError, match=message) as caught:
+            run(model, tmp_path / "out", tokens)
+    assert "go on with --resume" in caught.value.hint
+    state = read_state(tmp_path / "out.partial")
+    assert state is not None
+    assert len(state.layers) == 1
+    assert all((tmp_path / "out.partial" / name).is_file() for name in state.shards)
+    assert resume(model, tmp_path / "out", tokens)[0] == ["-0", "1", "2"]

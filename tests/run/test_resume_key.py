@@ -11,13 +11,11 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from llm_barber.checkpoint.digests import files_key
-from llm_barber.checkpoint.state import STATE_BEFORE, STATE_NAME
 from llm_barber.errors import OutputError
 from llm_barber.settings.initial import METHOD_FACTS, Initial
 from llm_barber.settings.presets import REVISIONS, Preset
 from tests.conftest import make_model, save_tokens
-from tests.helpers.resumed_runs import record_pruned_layers
-from tests.helpers.runs import read_untimed_files, run, run_stopped
+from tests.helpers.runs import read_untimed_files, resume, run, run_stopped
 
 
 @pytest.mark.parametrize(
@@ -52,19 +50,16 @@ def test_the_model_may_go_by_another_name(
 ) -> None:
     run_stopped(monkeypatch, model, tmp_path / "out", tokens)
     monkeypatch.chdir(model.parent)
-    pruned_layers = record_pruned_layers(monkeypatch)
     same = {"bos": False, "samples": 99, "seed": 5}  # which the tokens do not depend on
-    run(Path(model.name), tmp_path / "out", Path(os.path.relpath(tokens)), resume=True, **same)
-    assert pruned_layers == [2]
+    assert resume(Path(model.name), tmp_path / "out", Path(os.path.relpath(tokens)), **same)[0] == ["-0", "-1", "2"]
 
 
 def test_what_the_preset_says_may_be_given(
     tmp_path: Path, model: Path, tokens: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run_stopped(monkeypatch, model, tmp_path / "out", tokens)
-    pruned_layers = record_pruned_layers(monkeypatch)
-    run(model, tmp_path / "out", tokens, resume=True, preset="mask", refine="tune", initial="wanda", allocation="loss")
-    assert pruned_layers == [2]
+    said = {"preset": "mask", "refine": "tune", "initial": "wanda", "allocation": "loss"}
+    assert resume(model, tmp_path / "out", tokens, **said)[0] == ["-0", "-1", "2"]
 
 
 def test_a_method_that_is_given_means_another_preset(
@@ -119,13 +114,8 @@ def test_refuses_what_it_cannot_go_on_with(
         run(model, out, tokens, resume=True)
     shutil.rmtree(model)
     saved.rename(model)
-    for name in (STATE_NAME, STATE_BEFORE):
-        (out.with_name("out.partial") / name).write_text("{")
-    with pytest.raises(OutputError, match="state.json is damaged"):
-        run(model, out, tokens, resume=True)
-    pruned_layers = record_pruned_layers(monkeypatch)
-    run(model, out, tokens, overwrite=True)  # from the beginning
-    assert pruned_layers == [0, 1, 2]
+    report = run(model, out, tokens, overwrite=True)  # from the beginning
+    assert len(report.layers) == 3
 
 
 @pytest.mark.parametrize("refine", ["tune", "swaps"])

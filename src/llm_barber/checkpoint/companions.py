@@ -9,7 +9,7 @@ from llm_barber.checkpoint.hub import CHAT_TEMPLATES, COMPANIONS, INDEX_NAME
 from llm_barber.checkpoint.index import PACKED_INDEX
 from llm_barber.checkpoint.packed_configuration import names_packed
 from llm_barber.checkpoint.regular import check_regular
-from llm_barber.checkpoint.state import STATE_BEFORE, STATE_NAME
+from llm_barber.checkpoint.state import STATE_NAME
 from llm_barber.checkpoint.untrusted import is_utf8
 from llm_barber.errors import ModelError
 
@@ -24,7 +24,6 @@ OWN_JSON = (RECORD_NAME, EVALUATION_NAME)
 NO_COMPANIONS = (
     *OWN_JSON,
     STATE_NAME,
-    STATE_BEFORE,
     PACKED_INDEX,
     INDEX_NAME,
     "adapter_config.json",

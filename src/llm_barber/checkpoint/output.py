@@ -11,9 +11,10 @@ from pathlib import Path
 
 from llm_barber.checkpoint.companions import LOCK_NAME, REPLACED
 from llm_barber.checkpoint.durable import is_full, remove, sync_folder
+from llm_barber.checkpoint.folder import make_locked
 from llm_barber.checkpoint.in_use import folder_in_use
 from llm_barber.checkpoint.replacing import check_replaceable
-from llm_barber.checkpoint.state import STATE_BEFORE, STATE_NAME, read_state
+from llm_barber.checkpoint.state import STATE_NAME
 from llm_barber.errors import OutputError
 from llm_barber.usage import readable_bytes
 
@@ -21,20 +22,59 @@ PARTIAL = ".partial"  # end of a work folder's name
 logger = logging.getLogger(__name__)
 
 
+class WorkFolder:
+    """The work folder of an output, and the lock in it."""
+
+    def __init__(self, output: Path) -> None:
+        self.output = output
+        self.path = work_folder(output)
+
+    def make(self, overwrite: bool) -> None:
+        """Make the folder and its parents, and hold its lock.
+
+        Raises:
+            OutputError: another run holds the lock, the folder cannot be written, or another run has finished the
+                output meanwhile.
+        """
+        self._made_parents = [folder for folder in self.path.parents if not folder.exists()]
+        try:
+            self.lock = make_locked(self.path, LOCK_NAME, self.output)
+        except OutputError:
+            self._remove_parents()
+            raise
+        try:
+            check_output(self.output, overwrite)  # before the lock was held, another run may have finished it
+        except BaseException:
+            if [path.name for path in self.path.iterdir()] == [LOCK_NAME]:
+                self.remove()
+            self.lock.release()
+            raise
+
+    def remove(self) -> None:
+        """Remove the folder with its content, and the parents that were made for it; the lock is still held."""
+        with suppress(OSError):
+            remove_marked(self.path, LOCK_NAME)
+        self._remove_parents()
+
+    def _remove_parents(self) -> None:
+        with suppress(OSError):  # the first that is not empty ends it
+            for folder in self._made_parents:
+                folder.rmdir()
+
+
 def work_folder(output: Path) -> Path:
     """Path of the folder beside an output in which a run writes it."""
     return output.with_name(f"{output.name}{PARTIAL}")
 
 
-def check_output(output: Path, overwrite: bool, needed: int = 0, resume: bool = False, activations: int = 0) -> None:
+def check_output(output: Path, overwrite: bool, needed: int = 0) -> None:
     """Refuse a folder where the output cannot be written, or where it would harm other files.
 
     Args:
         output: the folder to write.
         overwrite: replace a model folder of that name.
-        needed: bytes of the whole checkpoint, unpacked.
-        resume: an unfinished run is continued, so that its finished shards need no room again.
-        activations: bytes of all files of activations that the work folder holds at once.
+        needed: bytes that the work folder takes at most. Files that are in it already need no more room: a resumed run
+            keeps or replaces them, and any other run deletes them.
 
     Raises:
         OutputError: the folder is in use, exists and may not be replaced, or is not writable; the disk is too small.
@@ -51,8 +91,13 @@ def check_output(output: Path, overwrite: bool, needed: int = 0, resume: bool = 
     parent = next(folder for folder in output.parents if folder.exists())
     if not os.access(parent, os.W_OK):
         raise OutputError(f"cannot write in {parent}", "choose a folder you can write")
-    shards, kept_activations = _present_bytes(partial, resume)
-    _check_room(output, parent, needed - shards, max(0, activations - kept_activations))
+    needed -= sum(path.stat().st_size for path in partial.glob("*") if path.is_file())
+    free = shutil.disk_usage(parent).free
+    if free < needed:
+        raise OutputError(
+            f"the checkpoint takes {readable_bytes(needed)}, the disk of {output} has {readable_bytes(free)}",
+            "free some space or choose another disk",
+        )
     if not output.exists():
         return
     if not output.is_dir():
@@ -74,40 +119,6 @@ def unwritable(output: Path, error: OSError, resumable: bool) -> OutputError:
         f"the disk of {output} is full" if full else f"cannot write {output}: {error}",
         f"{'free some space' if full else 'check the disk'} and {again}",
     )
-
-
-def _check_room(output: Path, parent: Path, needed: int, activations: int) -> None:
-    free = shutil.disk_usage(parent).free
-    if free >= needed + activations:
-        return
-    takes = f"the checkpoint takes {readable_bytes(max(0, needed))}"
-    hint = "free some space or choose another disk"
-    if activations:
-        takes += f", files of activations meanwhile {readable_bytes(activations)}"
-        hint += "; fewer calibration tokens make smaller files"
-    raise OutputError(f"{takes}, the disk of {output} has {readable_bytes(free)}", hint)
-
-
-def _present_bytes(partial: Path, resume: bool) -> tuple[int, int]:
-    """Bytes of a work folder's files, for which the run needs no more room.
-
-    A resumed run keeps the finished shards, each of which stands for its unpacked bytes, and the files of activations
-    that its state names. It deletes all other files, and any other run deletes all.
-
-    Returns:
-        Bytes of finished shards and of files to delete; bytes of activations that are kept.
-    """
-    try:
-        state = read_state(partial) if resume else None
-    except OutputError:  # the state is damaged; the writer says so
-        state = None
-    sizes = {path.name: path.stat().st_size for path in partial.glob("*") if path.is_file()}
-    if state is None:
-        return sum(sizes.values()), 0
-    activations = {saved.file for saved in state.activations}
-    unpacked = {name: shard.bytes for name, shard in state.shards.items()}
-    others = sum(max(size, unpacked.get(name, 0)) for name, size in sizes.items() if name not in activations)
-    return others, sum(size for name, size in sizes.items() if name in activations)
 
 
 def give_name(partial: Path, output: Path) -> None:
@@ -148,8 +159,7 @@ def clear_finished(output: Path) -> None:
 
     What cannot be removed stays, with a warning in the log: the output is complete.
     """
-    for name in (LOCK_NAME, STATE_BEFORE):
-        _remove_or_warn(output / name)
+    _remove_or_warn(output / LOCK_NAME)
     for replaced in output.parent.glob(f"{glob.escape(output.name)}.replaced-*"):
         if (replaced / REPLACED).is_file():  # marked by this run, or by a run that was killed here
             _remove_or_warn(replaced)

@@ -6,12 +6,12 @@ from pathlib import Path
 from llm_barber.checkpoint.companions import CARD_NAME, LOCK_NAME, OWN_JSON, PAGE_NAME, RECORD_NAME, REPLACED
 from llm_barber.checkpoint.hub import CHAT_TEMPLATES, INDEX_NAME
 from llm_barber.checkpoint.index import PACKED_INDEX, packed_name
-from llm_barber.checkpoint.state import STATE_BEFORE, STATE_NAME
+from llm_barber.checkpoint.state import STATE_NAME
 from llm_barber.checkpoint.untrusted import read_json
 from llm_barber.errors import ModelError, OutputError
 from llm_barber.messages import first_names
 
-PROGRAM_FILES = {*OWN_JSON, CARD_NAME, PAGE_NAME, STATE_NAME, STATE_BEFORE, LOCK_NAME, REPLACED}
+PROGRAM_FILES = {*OWN_JSON, CARD_NAME, PAGE_NAME, STATE_NAME, LOCK_NAME, REPLACED}
 INDEX_FILES = {INDEX_NAME, PACKED_INDEX}
 # Names of the files that Hugging Face tools and this program write for a checkpoint.
 CHECKPOINT_FILE = re.compile(

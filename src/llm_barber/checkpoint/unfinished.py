@@ -9,14 +9,7 @@ from llm_barber.checkpoint.channel_order import ORDER_NAME
 from llm_barber.checkpoint.companions import LOCK_NAME
 from llm_barber.checkpoint.durable import sync_file
 from llm_barber.checkpoint.output import clear
-from llm_barber.checkpoint.state import (
-    START_AGAIN,
-    STATE_BEFORE,
-    STATE_NAME,
-    RunState,
-    mend_state,
-    read_state,
-)
+from llm_barber.checkpoint.state import START_AGAIN, STATE_NAME, RunState, read_state, updated_name
 from llm_barber.errors import OutputError, UnfinishedRunError
 from llm_barber.messages import Message, SettingName, joined, message
 
@@ -36,7 +29,6 @@ def take_up(folder: Path, key: Mapping[str, Any], overwrite: bool, resume: bool)
     if not resume:
         state = None
     elif state is not None:
-        mend_state(folder)
         state, lost = undamaged(folder, state)
     elif any(folder.glob("*.safetensors")):
         lost = [STATE_NAME]
@@ -44,7 +36,7 @@ def take_up(folder: Path, key: Mapping[str, Any], overwrite: bool, resume: bool)
         state = None
     kept_names = {LOCK_NAME}
     if state is not None:
-        kept_names |= {STATE_NAME, STATE_BEFORE, *state.shards, *(saved.file for saved in state.activations)}
+        kept_names |= {STATE_NAME, *state.shards, *state.updated}
         if state.channel_order is not None:
             kept_names.add(ORDER_NAME)
     clear(folder, {name for name in kept_names if (folder / name).is_file()})
@@ -71,22 +63,24 @@ def unfinished_run(folder: Path, key: Mapping[str, Any], overwrite: bool, resume
 
 
 def undamaged(folder: Path, state: RunState) -> tuple[RunState, list[str]]:
-    """The part of a state whose shards are whole, and the names of the shards that are missing or damaged.
+    """The part of a state whose files are whole, and the names of the files that are missing or damaged.
 
-    A damaged shard of tensors outside the layers is copied again. From the first layer with a damaged shard on, layers
+    A damaged shard of tensors outside the layers is copied again. From the first layer with a damaged file on, layers
     are pruned again.
     """
-    lost = []
-    outside, finished = len(state.shards) - len(state.layers), len(state.layers)
-    for number, (name, shard) in enumerate(state.shards.items()):
-        path = folder / name
-        if path.is_file() and sync_file(path) == shard.sha256:
-            continue
-        lost.append(name)
-        if number >= outside:
-            finished = number - outside
-            break
-    return state.of_first_layers(finished), lost
+
+    def is_whole(name: str, digest: str) -> bool:
+        return (folder / name).is_file() and sync_file(folder / name) == digest
+
+    shards = list(state.shards.items())
+    lost = [name for name, shard in shards[: state.outside] if not is_whole(name, shard.sha256)]
+    for index, (name, shard) in enumerate(shards[state.outside :]):
+        updated = updated_name(index)
+        if not is_whole(name, shard.sha256):
+            return state.of_first_layers(index), [*lost, name]
+        if updated in state.updated and not is_whole(updated, state.updated[updated]):
+            return state.of_first_layers(index), [*lost, updated]
+    return state, lost
 
 
 def check_key(state: RunState, key: Mapping[str, Any]) -> None:

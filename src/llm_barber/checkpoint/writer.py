@@ -2,53 +2,45 @@
 
 Each shard: temporary file → fsync → rename. The index is written last, then the folder is renamed. A run that ends
 early leaves at most `NAME.partial`, without an index, which no program takes for a model. It stays if it has a state
-(`state.py`) from which the run can go on. Two threads write while the next layers are computed (`behind.py`).
+(`state.py`) from which the run can go on. One thread writes while the next layer is computed.
 """
 
 import hashlib
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from threading import Lock
 from types import TracebackType
 from typing import Any, Self
 
 from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import Tensor
 
-from llm_barber.checkpoint.activation_writer import ActivationWriter
-from llm_barber.checkpoint.activations import Activations, newest_activations
-from llm_barber.checkpoint.behind import WriteBehind
 from llm_barber.checkpoint.channel_order import ORDER_NAME
 from llm_barber.checkpoint.durable import save_tensors, sync_file, write_durably
-from llm_barber.checkpoint.host_copies import start_copies
 from llm_barber.checkpoint.hub import INDEX_NAME, SINGLE_NAME
 from llm_barber.checkpoint.index import index_of
-from llm_barber.checkpoint.output import check_output, give_name, unwritable
+from llm_barber.checkpoint.output import WorkFolder, check_output, give_name, unwritable
 from llm_barber.checkpoint.packed_configuration import CONFIGURATION, plain_configuration
-from llm_barber.checkpoint.state import ACTIVATIONS_KEPT, RunState, Shard, Used, write_state
+from llm_barber.checkpoint.state import RunState, Shard, updated_name, write_state
 from llm_barber.checkpoint.unfinished import take_up
-from llm_barber.checkpoint.work_folder import WorkFolder
 from llm_barber.errors import NotFiniteError, OutputError
 
 
 class CheckpointWriter:
     """An output folder in the making; a context manager, which removes it if there is nothing to resume.
 
-    `state`: all that is finished, by this run or by the unfinished run that it goes on with. `lost`: names of the files
+    `state`: all that is durable, by this run or by the unfinished run that it goes on with. `lost`: names of the files
     that the unfinished run had finished, and that are missing or damaged.
 
     Args:
         output: the folder to make.
         shards: number of shards.
         overwrite: replace an existing output, at the very end, and an unfinished run at once.
-        needed: bytes that the checkpoint will take, checked against the free disk space.
+        needed: bytes that the work folder will take, checked against the free disk space.
         key: the settings and files on which the result depends; a run goes on only with the same key.
         resume: go on with an unfinished run, if there is one.
-        repeatable: the activations after a layer can be made again from its shard, and so need not be durable before
-            the next layer is finished.
-        activations: bytes of all files of activations that the work folder holds at once.
 
     Raises:
         OutputError: the folder exists, another run is writing it, or there is an unfinished run, which has another key
@@ -63,8 +55,6 @@ class CheckpointWriter:
         needed: int,
         key: Mapping[str, Any] | None = None,
         resume: bool = False,
-        repeatable: bool = True,
-        activations: int = 0,
     ) -> None:
         self.output = output
         self._work_folder = WorkFolder(output)
@@ -73,18 +63,16 @@ class CheckpointWriter:
         self.overwrite = overwrite
         self.needed = needed
         self.resume = resume
-        self.repeatable = repeatable
-        self.activations = activations
         self.state = RunState(key=dict(key or {}))
         self.lost: list[str] = []
-        self._state_lock = Lock()
         self._written: dict[str, Shard] = {}
         self._companions: dict[str, str] = {}
         self._count = 0
-        self._shards, self._activations = WriteBehind(), ActivationWriter(self.folder, self._claim_activations)
+        self._pool = ThreadPoolExecutor(1, "write behind")
+        self._writing: Future[None] | None = None
 
     def __enter__(self) -> Self:
-        check_output(self.output, self.overwrite, self.needed, self.resume, self.activations)
+        check_output(self.output, self.overwrite, self.needed)
         self._work_folder.make(self.overwrite)
         try:
             state, self.lost = take_up(self.folder, self.state.key, self.overwrite, self.resume)
@@ -100,89 +88,63 @@ class CheckpointWriter:
     ) -> None:
         try:
             try:
-                self._shards.wait()
-            except OSError as unwritten:
+                self.wait_for_shards()
+            except Exception as unwritten:
                 error = error or unwritten  # the run's own error is reported
-            except RuntimeError:  # a GPU's copy
-                if error is None:
-                    raise
-            with suppress(Exception):
-                self._activations.wait()
             if self.folder.exists() and (not self.resumable or isinstance(error, NotFiniteError)):
-                with suppress(OSError):
-                    self._work_folder.remove()
-                self._work_folder.remove_parents()
+                self._work_folder.remove()
         finally:  # last: whoever holds the lock may take over the files in the folder
-            self._shards.when_done(partial(self._activations.when_done, self._work_folder.lock.release))
+            self._pool.shutdown(wait=False)
+            if self._writing is None:
+                self._work_folder.lock.release()
+            else:  # a second interruption may have left something that is still being written
+                self._writing.add_done_callback(lambda _: self._work_folder.lock.release())
         if isinstance(error, OSError):
             raise unwritable(self.output, error, self.resumable) from error
+        if error is not None and kind is None:
+            raise error
 
     @property
     def resumable(self) -> bool:
-        """Tell whether another run can go on from here."""
+        """True if another run can go on from here."""
         return self.state.begun and self.folder.exists()
 
-    def read_activations(self) -> tuple[int, dict[str, Tensor]]:
-        """The newest activations that are whole, and the number of layers they have passed; 0: there are none.
-
-        Later layers are pruned again, unless their activations can be made from their shards.
-        """
-        if self.state.layers and len(self._written) == self.shards:  # only the end is missing; they may be gone already
-            return len(self.state.layers), {}
-        reached, activations, lost = newest_activations(self.folder, self.state.activations)
-        self.lost += lost
-        if not self.repeatable:
-            self.state = self.state.of_first_layers(reached)
-            self._written = dict(self.state.shards)
-        return reached, activations
-
-    def begin_activations(self, layers: int) -> bool:
-        """Tell whether to keep the activations after the first `layers` layers; if so, this must be done next.
-
-        They must be kept where they are not repeatable; otherwise seldom enough that no layer waits for them.
-        """
-        return not self.repeatable or self._activations.begin_if_due(layers)
-
-    def keep_activations(self, layers: int, streams: Mapping[str, Tensor]) -> None:
-        """Begin to write the activations after the first `layers` layers; they must not change while `unwritten`."""
-        self._activations.start(layers, streams, self._shards.last)
-        if not self.repeatable:
-            self._activations.wait()
-
-    def _claim_activations(self, newest: Activations) -> None:
-        before = (saved for saved in self.state.activations if saved.layers < newest.layers)
-        activations = (*before, newest)[-ACTIVATIONS_KEPT:]
-        self._update_state(activations=activations)
-        for path in set(self.folder.glob("activations-*")) - {self.folder / saved.file for saved in activations}:
-            path.unlink()
-
-    @property
-    def saving(self) -> bool:
-        """Tell whether activations are being written."""
-        return self._activations.busy
-
-    @property
-    def unwritten(self) -> tuple[Tensor, ...]:
-        """Arrays that are being written, and must not change."""
-        return self._activations.unwritten
-
     def wait_for_shards(self) -> None:
-        """Wait until all shards, and the layers that were finished, are durable."""
-        self._shards.wait()
+        """Wait until all that was begun is durable. An interruption ends the waiting, and not the writing.
 
-    def keep_sparsities(self, sparsities: Mapping[str, float], seconds: Mapping[str, float], used: Used) -> None:
-        """Begin to make an allocation durable, and the seconds so far: it can take as long as some layers."""
-        changes = {"sparsities": dict(sparsities), "seconds": dict(seconds), "used": used}
-        self._shards.start(lambda: self._update_state(shards=dict(self._written), **changes))
+        Raises:
+            OSError: it could not be written.
+        """
+        if self._writing is not None:
+            self._writing.result()
 
-    def keep_order(self, order: bytes, seconds: Mapping[str, float], used: Used) -> None:
-        """Begin to make the content of `channel-order.json` durable, and the seconds so far."""
-        self._shards.start(partial(self._keep_order, order, dict(seconds), used))
+    def _begin(self, write: Callable[[], None]) -> None:
+        """Begin to write, once all that was begun before is durable: memory holds one shard that is written."""
+        self.wait_for_shards()
+        self._writing = self._pool.submit(write)
 
-    def _keep_order(self, order: bytes, seconds: dict[str, float], used: Used) -> None:
+    def _update_state(self, **changes: Any) -> None:
+        state = self.state.model_copy(update={"shards": dict(self._written), **changes})
+        write_state(self.folder, state)
+        self.state = state  # only now: `state` must not claim what is not durable
+
+    def keep(self, **changes: Any) -> None:
+        """Make fields of the state durable that were found before the first layer is pruned.
+
+        Raises:
+            OSError: the state cannot be written.
+        """
+        self.wait_for_shards()
+        self._update_state(**changes)
+
+    def keep_order(self, order: bytes, **changes: Any) -> None:
+        """Make the content of `channel-order.json` durable, and other fields of the state.
+
+        Raises:
+            OSError: a file cannot be written.
+        """
         self.write_file(ORDER_NAME, order)
-        digest = hashlib.sha256(order).hexdigest()
-        self._update_state(shards=dict(self._written), channel_order=digest, seconds=seconds, used=used)
+        self.keep(channel_order=hashlib.sha256(order).hexdigest(), **changes)
 
     def read_order(self) -> bytes | None:
         """The content of `channel-order.json` that the unfinished run made durable.
@@ -195,23 +157,9 @@ class CheckpointWriter:
         content = path.read_bytes() if path.is_file() else b""
         return content if hashlib.sha256(content).hexdigest() == self.state.channel_order else None
 
-    def finish_layer(self, result: Mapping[str, Any], seconds: Mapping[str, float], used: Used) -> None:
-        """Begin to make a layer durable, after its shard."""
-        self._shards.start(partial(self._finish_layer, dict(result), dict(seconds), used))
-
-    def _finish_layer(self, result: dict[str, Any], seconds: dict[str, float], used: Used) -> None:
-        layers = (*self.state.layers, result)
-        self._update_state(shards=dict(self._written), layers=layers, seconds=seconds, used=used)
-
-    def _update_state(self, **changes: Any) -> None:
-        with self._state_lock:  # both threads write it
-            state = self.state.model_copy(update=changes)
-            write_state(self.folder, state)
-            self.state = state  # only now: `state` must not claim what is not durable
-
     @property
     def next_is_written(self) -> bool:
-        """Tell whether the unfinished run has written the next shard."""
+        """True if the unfinished run has written the next shard."""
         name = self._name(self._count + 1)
         return name in self._written and name not in self.lost
 
@@ -228,6 +176,11 @@ class CheckpointWriter:
     def _tensors(self, handle: Any) -> dict[str, Tensor]:
         """The tensors of an opened shard, copied, so that no file stays mapped."""
         return {name: handle.get_tensor(name).clone() for name in handle.keys()}  # noqa: SIM118 - a handle
+
+    def read_updated(self, index: int) -> dict[str, Tensor]:
+        """The updated weights of a finished layer, by linear; empty: they are the weights that were written."""
+        name = updated_name(index)
+        return load_file(self.folder / name) if name in self.state.updated else {}
 
     def _name(self, number: int) -> str:
         return f"model-{number:05d}-of-{self.shards:05d}.safetensors"
@@ -256,11 +209,34 @@ class CheckpointWriter:
         Raises:
             OSError: the shard before could not be written.
         """
-        self.wait_for_shards()
         self._count += 1
-        on_host, wait_for_copies = start_copies(tensors)
-        self._shards.start(wait_for_copies)
-        self._shards.start(partial(self._write_shard, self._count, on_host, name, metadata, header))
+        self._begin(partial(self._write_shard, self._count, _on_host(tensors), name, metadata, header))
+
+    def finish_layer(
+        self, number: int, tensors: Mapping[str, Tensor], updated: Mapping[str, Tensor], changes: Mapping[str, Any]
+    ) -> None:
+        """Begin to write a layer: its shard, its updated weights if there are any, then the state that names them.
+
+        Args:
+            number: of the shard, the first is 0.
+            tensors: of the shard, by their names in the checkpoint; they must not change any more.
+            updated: weights, by linear, that the activations went through in place of those in the shard.
+            changes: fields of the state, with this layer's record in `layers`.
+
+        Raises:
+            OSError: what was begun before could not be written.
+        """
+        self._begin(partial(self._finish_layer, number + 1, _on_host(tensors), _on_host(updated), changes))
+
+    def _finish_layer(
+        self, number: int, tensors: dict[str, Tensor], updated: dict[str, Tensor], changes: Mapping[str, Any]
+    ) -> None:
+        digests = dict(self.state.updated)
+        if updated:
+            name = updated_name(len(self.state.layers))
+            digests[name] = self._save(updated, name, None, None)
+        self._write_shard(number, tensors, None, None, None)
+        self._update_state(updated=digests, **changes)
 
     def _write_shard(
         self,
@@ -272,12 +248,17 @@ class CheckpointWriter:
     ) -> None:
         """Write a shard, durably."""
         name = name or self._name(number)
-        temporary = self.folder / f"{name}.tmp"
-        save_tensors(tensors, temporary, {"format": "pt"} if metadata is None else metadata, header)
-        digest = sync_file(temporary)
-        temporary.rename(self.folder / name)
+        digest = self._save(tensors, name, {"format": "pt"} if metadata is None else metadata, header)
         size = sum(tensor.nbytes for tensor in tensors.values())
         self._written[name] = Shard(sha256=digest, tensors=tuple(tensors), bytes=size)
+
+    def _save(self, tensors: dict[str, Tensor], name: str, metadata: dict[str, str] | None, header: str | None) -> str:
+        """Write a file of tensors, durably; returns its sha256."""
+        temporary = self.folder / f"{name}.tmp"
+        save_tensors(tensors, temporary, metadata, header)
+        digest = sync_file(temporary)
+        temporary.rename(self.folder / name)
+        return digest
 
     def write_file(self, name: str, content: bytes) -> None:
         """Write a small file, durably."""
@@ -314,7 +295,6 @@ class CheckpointWriter:
             OutputError: the output has come into existence meanwhile, or a shard is missing.
         """
         self.wait_for_shards()
-        self._activations.stop()
         check_output(self.output, self.overwrite)
         for name in self._written:
             if not (self.folder / name).is_file():
@@ -323,6 +303,13 @@ class CheckpointWriter:
                 )
         if with_index and self.shard_names != [SINGLE_NAME]:
             self.write_file(INDEX_NAME, index_of(self._written))
-        for path in self.folder.glob("activations-*"):
-            path.unlink()
+        if updated := self.state.updated:
+            self._update_state(updated={})  # first: a run that resumes now must not miss the files
+            for name in updated:
+                (self.folder / name).unlink()
         give_name(self.folder, self.output)
+
+
+def _on_host(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Contiguous tensors in host memory, by name; those that are there already are not copied."""
+    return {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 from llm_barber.checkpoint.companions import EVALUATION_NAME, RECORD_NAME
 from llm_barber.checkpoint.durable import write_durably
 from llm_barber.checkpoint.output import PARTIAL, clear, work_folder
-from llm_barber.checkpoint.state import STATE_BEFORE, STATE_NAME
+from llm_barber.checkpoint.state import STATE_NAME
 from llm_barber.checkpoint.untrusted import read_result
 from llm_barber.comparison.result import DENSE, CellResult, DenseResult
 from llm_barber.evaluation.evaluate import Evaluator
@@ -171,7 +171,7 @@ class CellRunner:
     def _is_begun(self, folder: Path) -> bool:
         """Test whether a work folder has a part of a pruned model, or all of it, of a cell that is not finished."""
         stem = folder.name.removesuffix(PARTIAL)
-        begun = any((folder / name).is_file() for name in (STATE_NAME, STATE_BEFORE, RECORD_NAME))
+        begun = any((folder / name).is_file() for name in (STATE_NAME, RECORD_NAME))
         return begun and not (self.folder / CELLS / f"{stem}.json").exists()
 
     def _file_and_key(self, name: str, settings: Mapping[str, Any], with_tasks: bool) -> tuple[Path, dict[str, Any]]:

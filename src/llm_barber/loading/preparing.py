@@ -88,7 +88,7 @@ def _open_job(model: str, settings: RunSettings, targets: Targets | None, progre
     )  # fmt: skip
     _check_head(job)
     if ranks.is_first:
-        check_output(settings.output, settings.overwrite, job.bytes, settings.resume)
+        check_output(settings.output, settings.overwrite, job.bytes)
     _check_targets(job, targets)
     return job
 

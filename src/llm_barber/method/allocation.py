@@ -3,7 +3,6 @@
 import torch
 from torch import Tensor
 
-from llm_barber.checkpoint.ahead import ReadAhead
 from llm_barber.errors import ModelError, NotFiniteError, SettingsError
 from llm_barber.loading.job import Job
 from llm_barber.masking.budget import removal_costs, spread_budget
@@ -12,7 +11,7 @@ from llm_barber.masking.owl import layer_sparsities, outlier_share
 from llm_barber.masking.saliency import wanda
 from llm_barber.masking.statistics import InputSquares
 from llm_barber.messages import message
-from llm_barber.method.dense_layers import DenseLayers, first_input_kept
+from llm_barber.method.dense_layers import dense_layers, first_input_kept
 from llm_barber.method.few_tokens import linears_with_few_tokens, total_token_counts
 from llm_barber.method.initial_masks import InitialMasks
 from llm_barber.method.input_statistics import collect_inputs
@@ -38,7 +37,6 @@ def allocate(
     outside: dict[str, Tensor],
     streams: ActivationStreams,
     sparsity: float,
-    following: ReadAhead,
     progress: Progress,
 ) -> Sparsities:
     """Spread a sparsity over the linears that are pruned; the first layer's input is left as it was.
@@ -49,7 +47,6 @@ def allocate(
         outside: parameters outside the decoder layers, by the model's names; used up. Others are read.
         streams: the activations.
         sparsity: of all weights that are pruned, together.
-        following: a reader that begins when no layer is left to read.
         progress: is told of each layer.
 
     Raises:
@@ -57,16 +54,14 @@ def allocate(
         ModelError: the model's gradients are all zero.
         NotFiniteError: they are NaN or Inf.
     """
-    layers = DenseLayers(initial_masks, streams, following)
     with first_input_kept(streams):
         if allocation is Allocation.OWL:
-            return _by_outliers(initial_masks, layers, streams, sparsity, progress)
-        return _by_loss(initial_masks, layers, outside, streams, sparsity, progress)
+            return _by_outliers(initial_masks, streams, sparsity, progress)
+        return _by_loss(initial_masks, outside, streams, sparsity, progress)
 
 
 def _by_outliers(
     initial_masks: InitialMasks,
-    layers: DenseLayers,
     streams: ActivationStreams,
     sparsity: float,
     progress: Progress,
@@ -76,7 +71,7 @@ def _by_outliers(
     shares: dict[int, float] = {}
     sizes: dict[int, int] = {}
     progress.start("looking for outliers", job.layer_count)
-    for index, layer, weights in layers.opened(range(job.layer_count)):
+    for index, layer, weights in dense_layers(initial_masks, range(job.layer_count)):
         if layer.linears:
             squares = collect_inputs(layer, streams, InputSquares, HIDDEN)
             scores = [wanda(weights[name], squares[name].mean) for name in layer.linears]
@@ -102,7 +97,6 @@ def _by_outliers(
 
 def _by_loss(
     initial_masks: InitialMasks,
-    layers: DenseLayers,
     outside: dict[str, Tensor],
     streams: ActivationStreams,
     sparsity: float,
@@ -111,8 +105,8 @@ def _by_loss(
     """Spread by what pruning a linear adds to the loss (`masking/budget.py`): forward, then back."""
     job = initial_masks.job
     progress.start("looking for what pruning costs", 2 * job.layer_count)
-    inputs, gradients, few_tokens = _forward(initial_masks, layers, outside, streams, progress)
-    costs = _backward(initial_masks, layers, streams, inputs, gradients, progress)
+    inputs, gradients, few_tokens = _forward(initial_masks, outside, streams, progress)
+    costs = _backward(initial_masks, streams, inputs, gradients, progress)
     if not any(cost.any() for cost, _ in costs.values()):
         raise ModelError(
             "the model's loss does not depend on its linears: all gradients are zero", "give --allocation uniform"
@@ -128,7 +122,6 @@ def _by_loss(
 
 def _forward(
     initial_masks: InitialMasks,
-    layers: DenseLayers,
     outside: dict[str, Tensor],
     streams: ActivationStreams,
     progress: Progress,
@@ -150,7 +143,7 @@ def _forward(
         skeleton.embed(job.tokens.input_ids[:size], lambda _: None)  # records the arguments that layers get
     inputs: list[list[Tensor]] = []
     few_tokens: set[str] = set()
-    for index, layer, _ in layers.opened(range(job.layer_count), wanted_again=True):
+    for index, layer, _ in dense_layers(initial_masks, range(job.layer_count)):
         layer.forget_tokens()
         inputs.append([streams.copy_off_device(streams.read(HIDDEN, batch)) for batch in batches])
         for batch in batches:
@@ -166,7 +159,6 @@ def _forward(
 
 def _backward(
     initial_masks: InitialMasks,
-    layers: DenseLayers,
     streams: ActivationStreams,
     inputs: list[list[Tensor]],
     gradients: list[Tensor],
@@ -179,7 +171,7 @@ def _backward(
     """
     job = initial_masks.job
     costs: dict[str, tuple[Tensor, int]] = {}
-    for index, layer, weights in layers.opened(range(job.layer_count)[::-1]):
+    for index, layer, weights in dense_layers(initial_masks, range(job.layer_count)[::-1]):
         sums = {name: FisherSums(tuple(weights[name].shape), streams.device) for name in layer.linears}
         for number, hidden in enumerate(inputs.pop()):
             gradients[number] = loss_gradients(layer, hidden.to(streams.device), gradients[number], sums)

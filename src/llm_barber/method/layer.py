@@ -6,7 +6,7 @@ beyond it.
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -38,10 +38,16 @@ from llm_barber.settings.refining import RefineSettings
 
 @dataclass(frozen=True)
 class PrunedLayer:
-    """Final weights by the checkpoint's names, results of blocks, and held-out errors (`tune.Tuned`)."""
+    """A decoder layer, or the output head, as it was pruned.
+
+    `weights`: final weights by the checkpoint's names. `blocks`: results. `updated`: weights (out, in), by linear, that
+    the activations went through; they differ from those that are written where a method's updates are not kept.
+    `held_out`, `concentration`: of tuning (`tune.Tuned`).
+    """
 
     weights: dict[str, Tensor]
     blocks: list[BlockResult]
+    updated: dict[str, Tensor] = field(default_factory=dict)
     held_out: tuple[float, ...] = ()
     concentration: Concentration | None = None
 
@@ -79,7 +85,6 @@ def prune_layer(
     else:
         outcomes = _prune_blocks(opened, rebuild_settings, refine_settings, streams, tunes=False)
     pruned = _collect_results(job, opened, tensors, outcomes, tuned)
-    # Last of all: until here the layer can be pruned again, if memory runs out.
     move_on(job, index, opened.layer, streams, follows_dense(refine_settings))
     return pruned
 
@@ -236,12 +241,13 @@ def _collect_results(
 ) -> PrunedLayer:
     """Final weights and counts of a layer; linears that are not pruned are counted, too."""
     pruned_weights = {name: linear.final for name, linear in opened.linears.items()}
+    updated = {name: linear.weight for name, linear in opened.linears.items() if linear.has_updates}
     weights = opened.weights | pruned_weights
     results = [
         block_result(block, outcome, {name: weights[name] for name in block.linears})
         for block, outcome in zip(job.skeleton.blocks[opened.index], outcomes, strict=True)
     ]
-    pruned = PrunedLayer(job.stored(opened.index, pruned_weights, tensors), results)
+    pruned = PrunedLayer(job.stored(opened.index, pruned_weights, tensors), results, updated)
     return pruned if tuned is None else replace(pruned, held_out=tuned.held_out, concentration=tuned.concentration)
 
 

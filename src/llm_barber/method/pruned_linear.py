@@ -41,6 +41,11 @@ class PrunedLinear:
         return self.keep if self.fixed is None else self.keep & ~self.fixed
 
     @property
+    def has_updates(self) -> bool:
+        """True if the kept weights were updated, and others are written."""
+        return not torch.equal(self.weight, self.final)
+
+    @property
     def final(self) -> Tensor:
         """Weights that are written: the values under the mask."""
         return apply_mask(self.values, self.keep)

@@ -18,7 +18,7 @@ from llm_barber.masking.channel_order import order_channels
 from llm_barber.masking.pattern import NofM
 from llm_barber.masking.saliency import wanda
 from llm_barber.masking.statistics import InputSquares
-from llm_barber.method.dense_layers import DenseLayers, first_input_kept
+from llm_barber.method.dense_layers import dense_layers, first_input_kept
 from llm_barber.method.initial_masks import InitialMasks
 from llm_barber.method.input_statistics import collect_inputs
 from llm_barber.model.architecture import Channels
@@ -49,7 +49,7 @@ def find_order(
     last = max(index for index, parts in enumerate(movable) if parts)
     progress.start("looking for an order of channels", last + 1)
     with first_input_kept(streams):
-        for index, layer, weights in DenseLayers(initial_masks, streams).opened(range(last + 1)):
+        for index, layer, weights in dense_layers(initial_masks, range(last + 1)):
             layer.select([part.channels.reader for part in movable[index]])
             squares = collect_inputs(layer, streams, InputSquares, output=None if index == last else HIDDEN)
             for part in movable[index]:

@@ -7,7 +7,7 @@ copied there, and back.
 import os
 import tempfile
 import weakref
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,7 +24,6 @@ DENSE = "dense "  # prefix of a name: the same activations in the dense model
 # The block's output with dense weights on the sparse stream. After the last block it is not needed any more: the array
 # then takes the pruned layer's output, which `move_on` makes the next layer's input.
 DENSE_OUTPUT = "dense output"
-BETWEEN_LAYERS = (HIDDEN, DENSE + HIDDEN)  # arrays that a layer starts from
 CPU = torch.device("cpu")
 
 
@@ -170,25 +169,6 @@ class ActivationStreams:
     def drop(self, name: str) -> None:
         """Free an array."""
         del self._arrays[name]
-
-    def let_go(self, arrays: Collection[Tensor]) -> None:
-        """Drop the arrays that no layer starts from among `arrays`, which a thread still reads.
-
-        Later layers then write into new arrays. The last reader, for example the writer of a file, frees the old ones.
-        """
-        for name, array in list(self._arrays.items()):
-            if name not in BETWEEN_LAYERS and any(array is read for read in arrays):
-                self.drop(name)
-
-    def between_layers(self) -> dict[str, Tensor]:
-        """Arrays in host memory that the next layer starts from, by name."""
-        arrays = {name: self._arrays[name] for name in BETWEEN_LAYERS if name in self._arrays}
-        return {name: array if array.is_cpu else self.copy_off_device(array) for name, array in arrays.items()}
-
-    def restore(self, arrays: Mapping[str, Tensor]) -> None:
-        """Set the arrays that `between_layers` returned."""
-        for name, values in arrays.items():
-            self._arrays[name] = self._copied(values)
 
     def write(self, name: str, batch: slice, values: Tensor) -> None:
         """Write a batch; its array is allocated at the first batch and reused by later layers."""

@@ -2,32 +2,28 @@
 
 `torchrun` starts the processes, and sets their number in the environment. Sums are all-reduced, so that every process
 ranks the same numbers and gets the same masks; process 0 writes. A single process, the usual case, has no group.
+
+A process that dies closes its connections, which ends the operations of the others with an error; `torchrun` ends them,
+too. A process that is silent ends them after `TIMEOUT`.
 """
 
 import atexit
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from datetime import timedelta
-from threading import Thread
-from typing import Any, Protocol, TypeAlias, TypeVar
+from typing import Protocol, TypeAlias, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed import PrefixStore, rendezvous  # type: ignore[attr-defined]  # public, not in its __all__
 
 from llm_barber.errors import BarberError, SettingsError, first_line
-from llm_barber.parallel.pulse import attempt, watched
 
-# Processes wait while one of them computes, or downloads a model. A closed connection shows at once that a process
-# died; `pulse.py` notices a process that failed or vanished.
-TIMEOUT, MEETING = timedelta(days=2), timedelta(minutes=10)
-LEAVING = 5.0  # seconds that leaving the group may take after a failure, when NCCL may wait for other processes
+TIMEOUT = timedelta(hours=3)  # processes wait while one of them computes, or downloads a model
 AnyObject = TypeVar("AnyObject")
 Share: TypeAlias = "slice[int, int, None]"
-Empty = Callable[[tuple[int, ...], torch.dtype], Tensor]  # allocates an array, without initialising it
 
 
 class RankError(BarberError):
@@ -41,19 +37,27 @@ class Sums(Protocol):
         """Tensors to add up over all processes; a single process would have counted these totals."""
 
 
+@contextmanager
+def _with_others() -> Iterator[None]:
+    """Explain an operation of several processes that failed: torch.distributed raises these types."""
+    try:
+        yield
+    except (RuntimeError, ValueError) as error:
+        raise RankError(
+            f"another process of the run has ended or cannot be reached: {first_line(error)}",
+            "look for its message above; the run goes on with --resume, with any number of processes",
+        ) from error
+
+
 @dataclass(frozen=True)
 class Ranks:
     """The processes of a run.
 
-    Attributes:
-        rank: this process's number.
-        count: number of processes.
-        group: the group in which they communicate; None: the program's default group.
+    `rank`: this process's number. `count`: number of processes.
     """
 
     rank: int = 0
     count: int = 1
-    group: dist.ProcessGroup | None = None
 
     @property
     def is_first(self) -> bool:
@@ -78,15 +82,6 @@ class Ranks:
         first = sequences - held_out
         return slice(ends[0] - last[0], ends[1] - last[1]), slice(first + last[0], first + last[1])
 
-    def _share_slices(self, sequences: int, held_out: int) -> Iterator[tuple[Share, Share]]:
-        """Slices of each share that is not empty, among all sequences and among this process's sequences."""
-        start = 0
-        for share in self.shares(sequences, held_out):
-            stop = start + share.stop - share.start
-            if start < stop:
-                yield share, slice(start, stop)
-            start = stop
-
     def add(self, sums: Sums) -> None:
         """Add up sums over all processes, in place."""
         for part in sums.parts():
@@ -95,22 +90,23 @@ class Ranks:
     def add_tensor(self, tensor: Tensor) -> None:
         """Add up a tensor over all processes, in place."""
         if self.count > 1:
-            dist.all_reduce(tensor, group=self.group)
+            with _with_others():
+                dist.all_reduce(tensor)
 
     def total(self, *values: float) -> list[float]:
         """Add up numbers over all processes."""
         if self.count == 1:
             return list(values)
         sums = torch.tensor(values, dtype=torch.float64)
-        dist.all_reduce(sums, group=self.group)
+        self.add_tensor(sums)
         return [float(value) for value in sums]
 
     def from_first(self, value: AnyObject) -> AnyObject:
         """Return the value that process 0 passes."""
-        if self.count == 1:
-            return value
         box = [value]
-        dist.broadcast_object_list(box, src=0, group=self.group)
+        if self.count > 1:
+            with _with_others():
+                dist.broadcast_object_list(box, src=0)
         return box[0]
 
     def tensors_from_first(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -121,59 +117,15 @@ class Ranks:
         received = {}
         for name, (shape, dtype) in kinds.items():
             received[name] = tensors[name].contiguous() if self.is_first else torch.empty(shape, dtype=dtype)
-            dist.broadcast(received[name].reshape(-1).view(torch.uint8), 0, self.group)
+            with _with_others():
+                dist.broadcast(received[name].reshape(-1).view(torch.uint8), 0)
         return received
 
     def wait(self) -> None:
         """Wait for all processes."""
         if self.count > 1:
-            dist.barrier(self.group)
-
-    def gather(self, arrays: Mapping[str, Tensor], sequences: int, held_out: int, empty: Empty) -> dict[str, Tensor]:
-        """Join the arrays of all processes on process 0; other processes get an empty mapping.
-
-        Args:
-            arrays: this process's part of each array, (its sequences, …).
-            sequences: number of sequences of all processes.
-            held_out: number of held-out sequences of all processes.
-            empty: allocates the joined arrays, (sequences, …).
-        """
-        if self.count == 1:
-            return dict(arrays)
-        joined_arrays = {}
-        for name, part in arrays.items():
-            if not self.is_first:
-                for _, in_part in self._share_slices(sequences, held_out):
-                    dist.send(part[in_part].contiguous(), 0, self.group)
-                continue
-            whole = empty((sequences, *part.shape[1:]), part.dtype)
-            for rank in range(self.count):
-                for in_whole, in_part in Ranks(rank, self.count)._share_slices(sequences, held_out):
-                    if rank:
-                        dist.recv(whole[in_whole], rank, self.group)
-                    else:
-                        whole[in_whole] = part[in_part]
-            joined_arrays[name] = whole
-        return joined_arrays
-
-    def scatter(self, arrays: Mapping[str, Tensor], sequences: int, held_out: int, empty: Empty) -> dict[str, Tensor]:
-        """Split process 0's arrays of all sequences over the processes; arguments as of `gather`."""
-        if self.count == 1:
-            return dict(arrays)
-        kinds = self.from_first({name: (tuple(array.shape[1:]), array.dtype) for name, array in arrays.items()})
-        parts = {}
-        for name, (shape, dtype) in kinds.items():
-            slices = list(self._share_slices(sequences, held_out))
-            parts[name] = empty((slices[-1][1].stop, *shape), dtype)
-            for rank in range(1, self.count) if self.is_first else ():
-                for in_whole, _ in Ranks(rank, self.count)._share_slices(sequences, held_out):
-                    dist.send(arrays[name][in_whole].contiguous(), rank, self.group)
-            for in_whole, in_part in slices:
-                if self.is_first:
-                    parts[name][in_part] = arrays[name][in_whole]
-                else:
-                    dist.recv(parts[name][in_part], 0, self.group)
-        return parts
+            with _with_others():
+                dist.barrier()
 
 
 def local_rank() -> int:
@@ -185,93 +137,48 @@ def local_rank() -> int:
 def joined() -> Iterator[Ranks]:
     """Join the processes that `torchrun` started, or the group that the calling program has made.
 
+    The group stays for further runs of the program.
+
     Raises:
         RankError: another process ended, or cannot be reached.
         SettingsError: the program's group cannot add up numbers of the CPU.
     """
-    count = int(os.environ.get("WORLD_SIZE") or 1)
-    if dist.is_initialized() and _Group.group is None:
-        if "cpu" not in dist.get_backend_config():
-            raise SettingsError(
-                f"the program's group of processes has no backend for the CPU, only {dist.get_backend_config()}",
-                'make it by init_process_group("cpu:gloo,cuda:nccl")',
-            )
-        yield Ranks(dist.get_rank(), dist.get_world_size())
-        return
-    if count == 1:
-        yield Ranks()
-        return
-    group = _Group.meet()
-    ranks = Ranks(dist.get_rank(), count, group)
+    if not dist.is_initialized():
+        if int(os.environ.get("WORLD_SIZE") or 1) == 1:
+            yield Ranks()
+            return
+        _meet()
+    if "cpu" not in dist.get_backend_config():
+        raise SettingsError(
+            f"the program's group of processes has no backend for the CPU, only {dist.get_backend_config()}",
+            'make it by init_process_group("cpu:gloo,cuda:nccl")',
+        )
+    ranks = Ranks(dist.get_rank(), dist.get_world_size())
     try:
-        with watched(ranks.rank, count):
-            yield ranks
-            # A process that is done waits for all, so that each notices a failure. Process 0 has written its files:
-            # they are complete whatever happens to other processes.
-            with suppress(RuntimeError) if ranks.is_first else nullcontext():
-                ranks.wait()
-    except BaseException as error:
-        _Group.leave_after_failure()
-        # torch.distributed raises these types for a broken connection.
-        of_connection = isinstance(error, RuntimeError | ValueError) and not isinstance(error, torch.OutOfMemoryError)
-        if not of_connection or not _of_connection(error):
-            raise
-        raise RankError(
-            f"another process of the run has ended or cannot be reached: {first_line(error)}",
-            "look for its message above; the run goes on with --resume, with any number of processes",
-        ) from error
+        yield ranks
+        # Each process notices a failure. Process 0 has written its files: they are complete whatever happens to others.
+        with suppress(RankError) if ranks.is_first else nullcontext():
+            ranks.wait()
+    except BaseException:
+        atexit.unregister(_leave)  # the others may wait in an operation: leaving must not wait for them
+        raise
 
 
-class _Group:
-    """Group of this module for all runs of the program; after a failure a new one, in the same store."""
+def _meet() -> None:
+    """Make the group of the processes that `torchrun` started.
 
-    group: dist.ProcessGroup | None = None
-    _met: tuple[Any, int, int] | None = None  # the store, this process's number, and the number of processes
-    _meetings = 0
-
-    @classmethod
-    def meet(cls) -> dist.ProcessGroup:
-        """Return the group; make it if there is none."""
-        if cls.group is not None:
-            return cls.group
-        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-        try:
-            if cls._met is None:
-                cls._met = next(rendezvous("env://", timeout=MEETING))
-                atexit.register(cls.leave)
-            root, rank, count = cls._met
-            cls._meetings += 1
-            store = PrefixStore(f"llm-barber/{attempt()}/{cls._meetings}", root)  # without keys of an earlier group
-            dist.init_process_group(backend, timeout=MEETING, store=store, rank=rank, world_size=count)
-            group: Any = dist.new_group(backend=backend, timeout=TIMEOUT)
-            root.set_timeout(TIMEOUT)  # NCCL's processes meet there at their first sum
-        except (KeyError, RuntimeError, ValueError) as error:
-            cls.leave()
-            raise RankError(
-                f"the processes of the run do not find each other: {first_line(error)}", "use torchrun"
-            ) from error
-        cls.group = group
-        return cls.group
-
-    @classmethod
-    def leave(cls) -> None:
-        """Destroy the group."""
-        cls.group = None
-        if cls._met is not None and dist.is_initialized():
-            dist.destroy_process_group()
-
-    @classmethod
-    def leave_after_failure(cls) -> None:
-        """Leave while other processes may wait in an operation that this process will not join."""
-        cls.group = None
-        leaving = Thread(target=cls.leave, daemon=True)
-        leaving.start()
-        leaving.join(LEAVING)
-        if leaving.is_alive():
-            atexit.unregister(cls.leave)
+    Raises:
+        RankError: the processes do not find each other.
+    """
+    try:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=TIMEOUT)
+    except (KeyError, RuntimeError, ValueError) as error:
+        reason = f"the processes of the run do not find each other: {first_line(error)}"
+        raise RankError(reason, "use torchrun") from error
+    atexit.register(_leave)
 
 
-def _of_connection(error: Any) -> bool:
-    """Test whether an error's text is about a connection."""
-    text = str(error).lower()
-    return isinstance(error, dist.DistError) or any(word in text for word in ("gloo", "nccl", "connection", "store"))
+def _leave() -> None:
+    """Destroy the group, unless the program has done so."""
+    if dist.is_initialized():
+        dist.destroy_process_group()

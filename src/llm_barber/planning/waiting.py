@@ -2,7 +2,6 @@
 
 from dataclasses import fields, replace
 
-from llm_barber.checkpoint.schedule import MOST_LAYERS, SHARE
 from llm_barber.planning.costs import Costs
 from llm_barber.planning.rates import Rates
 from llm_barber.planning.recipe import Recipe
@@ -14,13 +13,8 @@ Seconds = dict[str, dict[str, float]]  # by stage and resource
 
 
 def with_files_kept(costs: Costs, model: ModelShapes, rates: Rates, recipe: Recipe) -> Costs:
-    """Count activations as often as the schedule has them written: after every layer if a run cannot be repeated."""
-    seconds = _seconds(costs, rates)
-    layer, file = _computing(seconds) / len(model.layers), sum(seconds["keep"].values()) / len(model.layers)
-    if not recipe.repeatable or not layer:
-        return costs
-    layers_between = max(1.0, min(file / (SHARE * layer), MOST_LAYERS), file / layer)
-    return replace(costs, keep=costs.keep * (1 / layers_between))
+    """Count no files of activations: a run keeps none."""
+    return replace(costs, keep=costs.keep * 0.0)
 
 
 def waiting_seconds(costs: Costs, model: ModelShapes, rates: Rates, recipe: Recipe) -> Seconds:

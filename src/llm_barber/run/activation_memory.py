@@ -2,6 +2,7 @@
 
 import os
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 
@@ -10,14 +11,13 @@ from llm_barber.model.streams import ArrayMemory
 from llm_barber.planning.limits import left_for_activations
 from llm_barber.planning.recipe import Recipe
 from llm_barber.planning.shapes import model_shapes
-from llm_barber.run.writer import Writer
 from llm_barber.settings.run import RunSettings
 from llm_barber.usage import current_memory
 
 LIMITED: set[torch.device] = set()  # by a run of this process; the next run without --device-memory lifts the limit
 
 
-def activation_memory(job: Job, settings: RunSettings, recipe: Recipe, writer: Writer) -> ArrayMemory:
+def activation_memory(job: Job, settings: RunSettings, recipe: Recipe, folder: Path) -> ArrayMemory:
     """Choose where activations lie within `settings.memory`; limit the device's memory, too.
 
     Raises:
@@ -31,9 +31,7 @@ def activation_memory(job: Job, settings: RunSettings, recipe: Recipe, writer: W
         return memory
     left = left_for_activations(settings.memory, current_memory(), shapes, recipe)
     # Beside the output. Another machine may lack that folder: there, where temporary files go (`TMPDIR`).
-    folders = (
-        folder for folder in (writer.folder, writer.folder.parent) if folder.is_dir() and os.access(folder, os.W_OK)
-    )
+    folders = (path for path in (folder, folder.parent) if path.is_dir() and os.access(path, os.W_OK))
     return replace(memory, limit=left, folder=next(folders, None))
 
 

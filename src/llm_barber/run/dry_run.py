@@ -27,9 +27,8 @@ from llm_barber.usage import current_memory, readable_bytes
 class DryRun(BaseModel):
     """A checked run.
 
-    `output_bytes`: of the checkpoint. `activation_file_bytes`: of files of activations that the work folder holds at
-    once. `stream_bytes`: of all calibration activations. `finished_layers`: of the unfinished run that this run would
-    resume.
+    `output_bytes`: of the checkpoint. `activation_file_bytes`: of updated weights that the work folder keeps.
+    `stream_bytes`: of all calibration activations. `finished_layers`: of the unfinished run that this run would resume.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -98,7 +97,7 @@ def dry_run(config: PruneConfig | RebuildConfig, progress: Progress | None = Non
         prepared = PREPARE[config.command](config, progress, Ranks())
     prepared.warn_of_settings(progress)
     job, rebuilt = prepared.job, prepared.rebuild_settings
-    check_output(config.output, config.overwrite, job.bytes, config.resume, prepared.activation_file_bytes)
+    check_output(config.output, config.overwrite, job.bytes + prepared.updated_bytes)
     if config.memory is not None:
         left_for_activations(config.memory, current_memory(), model_shapes(job.skeleton), prepared.recipe)
     lock = work_folder(config.output) / LOCK_NAME
@@ -130,7 +129,7 @@ def dry_run(config: PruneConfig | RebuildConfig, progress: Progress | None = Non
         device=str(job.skeleton.device),
         dtype=str(job.skeleton.dtype).removeprefix("torch."),
         output_bytes=job.bytes,
-        activation_file_bytes=prepared.activation_file_bytes,
+        activation_file_bytes=prepared.updated_bytes,
         stream_bytes=arrays * prepared.array_bytes,
         finished_layers=finished_layers if complete is None else job.layer_count,
     )

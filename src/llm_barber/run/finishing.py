@@ -6,7 +6,6 @@ from pathlib import Path
 from llm_barber.checkpoint.channel_order import ORDER_NAME
 from llm_barber.checkpoint.companions import CARD_NAME, PAGE_NAME, RECORD_NAME
 from llm_barber.checkpoint.packed_configuration import CONFIGURATION, plain_configuration
-from llm_barber.checkpoint.state import Used
 from llm_barber.method.few_tokens import FEW_TOKENS
 from llm_barber.model.empty import auto_class
 from llm_barber.planning.description import ranges
@@ -14,45 +13,57 @@ from llm_barber.progress import Progress
 from llm_barber.record.card import model_card
 from llm_barber.record.layers import LayerResult
 from llm_barber.record.report import CalibrationResult, RunReport
+from llm_barber.run.output import RunOutput
 from llm_barber.run.prepared_run import PreparedRun, kept_weights
 from llm_barber.run.same_settings import recorded_settings
-from llm_barber.run.writer import Writer
 from llm_barber.settings.base import absolute_if_there
 from llm_barber.usage import versions
 
 LEAST_TOKENS_WITH_SINKS = 32  # in a window: in shorter ones the largest token's share says nothing
 
 
-def finish_output(
-    prepared: PreparedRun,
-    writer: Writer,
-    results: list[LayerResult],
-    seconds: dict[str, float],
-    used: Used,
-) -> RunReport:
+def finish_output(output: RunOutput) -> RunReport:
     """Write companion files, record, model card and page; give the complete output its name."""
-    job = prepared.job
-    for path in job.source.companions():
+    prepared, writer, order = output.prepared, output.writer, output.job.source.order
+    if writer is None:  # another process writes
+        return _report(output, {})
+    folder = output.job.source.folder
+    for path in output.job.source.companions():
         if path.name == ORDER_NAME:  # the dense model's own: what follows is that of this run
             continue
-        untied = job.prunes_head and path.name == CONFIGURATION
-        writer.copy(path, job.source.folder, _untied(path) if untied else None)
-    if job.source.order is not None:
-        writer.copy(Path(ORDER_NAME), Path(), job.source.order.to_json())
+        untied = output.job.prunes_head and path.name == CONFIGURATION
+        writer.copy(path, folder, _untied(path) if untied else None)
+    if order is not None:
+        writer.copy(Path(ORDER_NAME), Path(), order.to_json())
+    report = _report(output, writer.digests)
+    writer.write_file(RECORD_NAME, report.to_json().encode())
+    writer.write_file(CARD_NAME, model_card(report).encode())
+    if prepared.config.report:
+        from llm_barber.page.run_page import run_page  # matplotlib takes a second to import
+
+        writer.write_file(PAGE_NAME, run_page(report).encode())
+    writer.finish()
+    return report
+
+
+def _report(output: RunOutput, digests: dict[str, str]) -> RunReport:
+    """The record of a run; `digests`: sha256 of each file of the output, by name."""
+    prepared, job, used = output.prepared, output.job, output.used
+    rebuilt, refined = prepared.rebuild_settings, prepared.refine_settings
     sequences, seqlen = job.tokens.input_ids.shape
-    report = RunReport(
+    return RunReport(
         command=prepared.command,
         model=absolute_if_there(prepared.model),
         output=str(prepared.config.output),
         settings=recorded_settings(prepared.config),
-        resolved=prepared.resolved | {"batch_size": used.batch_size},
+        resolved=prepared.resolved,
         initial=prepared.method,
         method=prepared.label,
-        pattern=_common_pattern(results),
-        granularity=prepared.rebuild_settings.granularity if prepared.rebuild_settings else None,
-        rebuild_ratio=prepared.rebuild_settings.ratio if prepared.rebuild_settings else None,
+        pattern=_common_pattern(output.results),
+        granularity=rebuilt.granularity if rebuilt else None,
+        rebuild_ratio=rebuilt.ratio if rebuilt else None,
         refinement=prepared.refinement,
-        held_out=prepared.refine_settings.held_out if prepared.refine_settings else 0,
+        held_out=refined.held_out if refined else 0,
         allocation=prepared.allocation,
         kept_weights=kept_weights(prepared.config),
         loaded_by=auto_class(job.skeleton.model.config).__name__,
@@ -67,22 +78,14 @@ def finish_output(
         dtype=str(job.skeleton.dtype).removeprefix("torch."),
         versions=versions(),
         processes=job.ranks.count,
-        layers=tuple(results),
-        seconds=seconds,
+        layers=tuple(output.results),
+        seconds=output.clock.seconds,
         peak_memory=used.peak_memory,
         peak_device_memory=used.peak_device_memory,
-        files=writer.digests,
+        files=digests,
         source=prepared.source_files,
         pruned_source=prepared.pruned_files,
     )
-    writer.write_file(RECORD_NAME, report.to_json().encode())
-    writer.write_file(CARD_NAME, model_card(report).encode())
-    if prepared.config.report:
-        from llm_barber.page.run_page import run_page  # matplotlib takes a second to import
-
-        writer.write_file(PAGE_NAME, run_page(report).encode())
-    writer.finish()
-    return report
 
 
 def warn_of_results(prepared: PreparedRun, report: RunReport, progress: Progress) -> None:

@@ -5,7 +5,6 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
-from llm_barber.checkpoint.state import MOST_ACTIVATION_FILES
 from llm_barber.loading.job import Job
 from llm_barber.masking.pattern import NofM, Unstructured
 from llm_barber.messages import SettingName, message
@@ -98,9 +97,12 @@ class PreparedRun:
         return self.job.tokens.input_ids.numel() * hidden * self.job.skeleton.dtype.itemsize
 
     @property
-    def activation_file_bytes(self) -> int:
-        """Bytes of all files of activations that the work folder holds at once; each has what a layer starts from."""
-        return MOST_ACTIVATION_FILES * self.recipe.durable * self.array_bytes
+    def updated_bytes(self) -> int:
+        """Bytes, at most, of updated weights that the work folder keeps beside the output, in the compute dtype."""
+        if self.config.runs_what_it_writes:
+            return 0
+        shapes = self.job.linear_shapes(self.job.source).values()
+        return sum(math.prod(shape) for shape in shapes) * self.job.skeleton.dtype.itemsize
 
     @cached_property
     def movable_channels(self) -> list[list[MovableChannels]]:
