@@ -10,7 +10,7 @@ from llm_barber.cli import _main
 from llm_barber.errors import BarberError, ModelError, SettingsError
 from llm_barber.planning.forecast import Forecast
 from llm_barber.planning.plan import plan
-from llm_barber.planning.rates import KINDS, disk_rates
+from llm_barber.planning.rates import KINDS
 from llm_barber.settings.plan import PlanConfig
 from llm_barber.text.calibration import token_shape
 from tests.conftest import Listener, save_tokens
@@ -39,34 +39,6 @@ def test_a_plan_of_a_folder_a_file_and_a_named_machine(tmp_path: Path, capsys: p
     assert reads[0] == pytest.approx(2 * reads[1])
     assert plan(PlanConfig(model=str(config), flops=1e9, preset="paper")).runs[0].bottleneck == "compute"
     assert plan(PlanConfig(model=str(config), flops=1e18, bandwidth=1e6)).runs[0].bottleneck == "disk"
-
-
-def test_a_gpu_does_not_wait_for_activations(tmp_path: Path) -> None:
-    """They are written as often as that takes a tenth of the time, after 8 layers at least, or as fast as it goes."""
-    (tmp_path / "config.json").write_text(json.dumps(LLAMA_8B))
-    # 31 layers' inputs of 128 × 2048 tokens, 4096 features in 2 bytes.
-    each = 31 * 128 * 2048 * 4096 * 2
-    distances = []
-    for bandwidth in (1e11, 2e9, 1e9, 5e7):
-        (run,) = plan(PlanConfig(model=str(tmp_path), flops=400e12, bandwidth=bandwidth, preset="paper")).runs
-        stages = {stage.name: stage for stage in run.stages}
-        layer = sum(stages[name].seconds for name in ("initial", "rebuild", "propagate")) / 32
-        copied = stages["keep"].seconds / stages["keep"].bytes_written
-        file = each * (1 / disk_rates(bandwidth)["kept"] + copied) / 32
-        expected = max(1, min(file / (0.1 * layer), 8), file / layer)
-        assert stages["keep"].bytes_written == pytest.approx(each / expected)
-        assert stages["keep"].seconds == stages["keep"].seconds_by_kind["link"]  # copies off the device
-        assert run.seconds == pytest.approx(sum(stage.seconds for stage in run.stages))
-        distances.append(expected)
-    assert distances == sorted(distances)
-    assert distances[0] < distances[1] < 8 == distances[2] < distances[3]
-    alone: dict[str, Any] = {"initial": "sparsegpt", "rebuild": False}
-    for settings, waited in ((alone, each / disk_rates(2e9)["kept"]), ({**alone, "keep_updates": True}, 0)):
-        (run,) = plan(PlanConfig(model=str(tmp_path), flops=400e12, bandwidth=2e9, **settings)).runs
-        (keep,) = (stage for stage in run.stages if stage.name == "keep")
-        # Each layer waits if other weights are written than those that ran.
-        assert keep.seconds_by_kind["disk"] == pytest.approx(waited)
-        assert (keep.bytes_written == each) is (waited > 0)
 
 
 def test_a_gpu_that_is_too_small_is_told(tmp_path: Path) -> None:

@@ -5,8 +5,7 @@ from dataclasses import replace
 import pytest
 
 from llm_barber.planning.costs import Costs, run_costs
-from llm_barber.planning.rates import Rates
-from llm_barber.planning.waiting import LAYER_STAGES, waiting_seconds, with_files_kept
+from llm_barber.planning.waiting import LAYER_STAGES, waiting_seconds
 from llm_barber.planning.work import Work
 from llm_barber.settings.presets import Allocation
 from tests.helpers.plans import MODEL, PAPER, RATES
@@ -85,12 +84,3 @@ def test_all_seconds_of_writing_count_where_the_run_waits_for_it(changes: dict[s
     assert waited["keep"]["disk"] == pytest.approx(31 * 60 * 4 * 2 / RATES.kept)
     reading = costs.read.read / RATES.read
     assert waited["read"]["disk"] == pytest.approx(reading if recipe.on_cpu else reading / 32)
-
-
-@pytest.mark.parametrize(("of_a_file", "layers_between"), [(0.01, 1), (0.4, 4), (0.7, 7), (0.9, 8), (7, 8), (20, 20)])
-def test_activations_count_as_often_as_they_are_written(of_a_file: float, layers_between: float) -> None:
-    """A layer takes a second."""
-    rates = Rates(**{**RATES.__dict__, "products": 1.0, "kept": 1.0})
-    costs = Costs(propagate=Work(products=32), keep=Work(kept=32 * of_a_file))
-    assert with_files_kept(costs, DEEP, rates, GPU).keep.kept == pytest.approx(32 * of_a_file / layers_between)
-    assert with_files_kept(costs, DEEP, rates, replace(GPU, repeatable=False)) == costs
