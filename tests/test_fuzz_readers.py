@@ -21,15 +21,15 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from llm_barber import InspectConfig, PruneConfig, inspect, prune
+from llm_barber.checkpoint.companions import EVALUATION_NAME
 from llm_barber.checkpoint.hub import INDEX_NAME
 from llm_barber.checkpoint.index import PACKED_INDEX
 from llm_barber.checkpoint.source import CheckpointSource
 from llm_barber.checkpoint.state import STATE_NAME, RunState, read_state, write_state
 from llm_barber.checkpoint.unfinished import check_key
-from llm_barber.comparison.cells import _read
+from llm_barber.comparison.cells import read_stored
 from llm_barber.comparison.result import DenseResult
 from llm_barber.errors import BarberError
-from llm_barber.evaluation.record import EVALUATION_NAME
 from llm_barber.evaluation.result import Evaluation, TextResult
 from llm_barber.evaluation.tasks import find_tasks
 from llm_barber.loading.configuration import load_config
@@ -232,7 +232,7 @@ def results(folder: Path, pruned: Path) -> dict[str, Reader]:
         "record": Reader(pruned / "barber.json", lambda: read_run(pruned), "json", 0.3),
         "evaluation": Reader(pruned / EVALUATION_NAME, lambda: write_page(pruned), "json", 0.3),
         "state": Reader(folder / STATE_NAME, lambda: read_unfinished(folder), "json"),
-        "cell": Reader(cell, lambda: _read(cell, DenseResult), "json"),
+        "cell": Reader(cell, lambda: read_stored(cell, DenseResult, KEY), "json"),
     }
 
 

@@ -7,9 +7,10 @@ from safetensors.torch import load_file, save_file
 
 from llm_barber import EvaluateConfig, Evaluation, evaluate
 from llm_barber.errors import CalibrationError, HubError, ModelError, SettingsError
-from llm_barber.evaluation.texts import evaluation_text
+from llm_barber.evaluation.perplexity import perplexity
+from llm_barber.evaluation.texts import evaluation_text, evaluation_windows
 from tests.conftest import FAMILIES, Listener, change_json, load_model, make_model, save_tokens
-from tests.helpers.text import add_tokenizer
+from tests.helpers.text import add_tokenizer, tokenize_characters
 
 
 @pytest.fixture
@@ -39,10 +40,16 @@ def test_equals_transformers_own_loss(tmp_path: Path, text: str, family: str, un
     model, windows = model_and_windows(folder, text)
     with torch.no_grad():
         losses = [model(input_ids=window[None], labels=window[None]).loss.item() for window in windows]
-    for batch_size in (1, 2):
-        (result,) = run(folder, text, batch_size=batch_size).texts
-        assert math.log(result.perplexity) == pytest.approx(sum(losses) / 3, rel=1e-5)
-        assert (result.windows, result.seqlen, result.begins_with_bos) == (3, 16, False)
+    (result,) = run(folder, text, batch_size=2).texts
+    assert math.log(result.perplexity) == pytest.approx(sum(losses) / 3, rel=1e-5)
+    assert math.log(perplexity(model, windows)) == pytest.approx(sum(losses) / 3, rel=1e-5)
+    assert (result.windows, result.seqlen, result.begins_with_bos) == (3, 16, False)
+
+
+def test_windows_follow_each_other_and_c4_has_its_first_256() -> None:
+    assert evaluation_windows("text", "ABCDEFG", tokenize_characters, 2).tolist() == [[65, 66], [67, 68], [69, 70]]
+    assert evaluation_windows("text", "ABCDEFG", tokenize_characters, 2, 1).tolist() == [[65, 66]]
+    assert len(evaluation_windows("c4", "A" * 600, tokenize_characters, 2)) == 256
 
 
 def test_each_window_begins_with_bos_where_texts_do(tmp_path: Path, text: str) -> None:

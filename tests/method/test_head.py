@@ -11,7 +11,6 @@ from transformers import AutoModelForCausalLM
 from llm_barber import InspectConfig, PackConfig, PruneConfig, RebuildConfig, inspect, load, prune, rebuild, unpack
 from llm_barber.checkpoint.companions import RECORD_NAME
 from llm_barber.errors import ModelError, SettingsError
-from llm_barber.evaluation.branches import Batch
 from llm_barber.evaluation.streamed import StreamedModel
 from llm_barber.masking.granularity import Granularity
 from llm_barber.masking.initial import initial_mask
@@ -187,7 +186,7 @@ def test_a_head_that_is_stored_beside_the_embedding_that_it_is_tied_to(tmp_path:
         expected = AutoModelForCausalLM.from_pretrained(model)(load_file(tokens)["input_ids"]).logits
         assert torch.allclose(loaded(load_file(tokens)["input_ids"]).logits, expected, atol=1e-5)
     streamed = StreamedModel(str(model), torch.device("cpu"), torch.float32)
-    states = streamed.hidden_states([Batch(load_file(tokens)["input_ids"])], Silent())[0]
+    states = streamed.hidden_states([load_file(tokens)["input_ids"]], Silent())[0]
     assert torch.allclose(streamed.skeleton.finish(states), expected, atol=1e-4)
     run(model, tmp_path / "out", tokens, prune_head=True)
     written = read_folder(tmp_path / "out")

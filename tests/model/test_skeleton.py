@@ -12,7 +12,6 @@ from transformers.models.llama import modeling_llama
 
 from llm_barber import PruneConfig, prune
 from llm_barber.errors import ModelError
-from llm_barber.evaluation.branches import Batch
 from llm_barber.evaluation.streamed import StreamedModel
 from llm_barber.model.empty import auto_class
 from llm_barber.model.experts import split_experts
@@ -91,7 +90,7 @@ def test_layers_whose_tuples_differ_in_length(
         common: dict[str, Any] = {"calibration": tokens, "dtype": "float32", "report": False}
         prune(PruneConfig(model=folder, output=output, prune_head=True, **common, **settings))
         states = StreamedModel(str(output), torch.device("cpu"), torch.float32).hidden_states(
-            [Batch(load_file(tokens)["input_ids"])], Silent()
+            [load_file(tokens)["input_ids"]], Silent()
         )
         written.append((read_folder(output), states[0]))
     assert written[0][0].keys() == written[1][0].keys()

@@ -1,78 +1,56 @@
 """The page and the plot of a comparison of methods."""
 
-from markupsafe import Markup
+from collections.abc import Sequence
+from statistics import fmean
+
+from matplotlib.figure import Figure
 
 from llm_barber.comparison.result import Comparison
-from llm_barber.comparison.tables import (
-    PAIRED,
-    REBUILT,
-    TITLES,
-    headings,
-    perplexities,
-    tables_by_target,
-    target_title,
-)
-from llm_barber.comparison.written import notes
+from llm_barber.comparison.tables import PAIRED, TITLES, TargetTable, headings, row_title, target_title, targets
 from llm_barber.page.environment import environment, model_name
-from llm_barber.page.figures import standalone
-from llm_barber.page.lines import Line, perplexity_lines
+from llm_barber.page.figures import Line, perplexity_lines, picture, svg
 
 
-def comparison_page(comparison: Comparison) -> str:
+def comparison_page(comparison: Comparison, tables: Sequence[TargetTable], notes: Sequence[str]) -> str:
     """The page, as one HTML text that needs no other file, no network and no scripts."""
-    rebuilt = any(cell.rebuilt for cell in comparison.cells)
+    figure = comparison_figure(comparison)
+    text = comparison.dense.texts[0].text if comparison.dense.texts else ""
+    label = f"Perplexity on {text} by sparsity and pattern, a line a method"
     return (
         environment()
         .get_template("comparison.html.j2")
         .render(
-            comparison=comparison,
             name=model_name(comparison.model),
-            tables=tables_by_target(comparison),
+            tables=tables,
             headings=headings(comparison),
-            notes=notes(comparison),
+            notes=notes,
             paired=PAIRED,
-            plot=comparison_figure(comparison),
-            methods=[(line.colour, line.name) for line in _lines(comparison) if not line.dashed],
-            rebuilt=rebuilt,
-            text=comparison.dense.texts[0].text if comparison.dense.texts else "",
+            plot=None if figure is None else picture(figure, label),
+            rebuilt=any(cell.rebuilt for cell in comparison.cells),
+            text=text,
         )
-    )
-
-
-def comparison_figure(comparison: Comparison) -> Markup | None:
-    """Figure of the perplexity on the first text against sparsity; None: there is no text, or no cell."""
-    lines = _lines(comparison)
-    if not lines or not comparison.dense.texts:
-        return None
-    targets = list(dict.fromkeys(target_title(cell.target) for cell in comparison.cells))
-    return perplexity_lines(
-        "perplexity",
-        lines,
-        joined=[target for target in targets if ":" not in target],
-        single=[target for target in targets if ":" in target],
-        dense=comparison.dense.texts[0].perplexity,
-        label=f"Perplexity on {comparison.dense.texts[0].text} by sparsity and pattern, a line a method",
-        axis="sparsity",
     )
 
 
 def comparison_picture(comparison: Comparison) -> str | None:
-    """The figure as an SVG file, with its key; None: there is no figure."""
+    """The figure as an SVG file; None: there is no figure."""
     figure = comparison_figure(comparison)
-    if figure is None:
+    return None if figure is None else svg(figure)
+
+
+def comparison_figure(comparison: Comparison) -> Figure | None:
+    """Figure of the mean perplexity on the first text by target; None: there is no text, or no cell."""
+    if not comparison.dense.texts:
         return None
-    lines = _lines(comparison)
-    return standalone(figure, [(line.name, line.colour, line.dashed) for line in lines] + [("dense", None, True)])
-
-
-def _lines(comparison: Comparison) -> list[Line]:
-    methods = list(TITLES)
-    return [
-        Line(
-            TITLES[method] + (REBUILT if rebuilt else ""),
-            methods.index(method),
-            rebuilt,
-            {target_title(target): value for target, value in points.items()},
-        )
-        for (method, rebuilt), points in perplexities(comparison).items()
+    values: dict[tuple[str, int, bool], dict[str, list[float]]] = {}
+    for cell in comparison.cells:
+        if cell.result is not None:
+            line = (row_title(cell.method, cell.rebuilt), list(TITLES).index(cell.method), cell.rebuilt)
+            perplexity = cell.result.evaluation.texts[0].perplexity
+            values.setdefault(line, {}).setdefault(target_title(cell.target), []).append(perplexity)
+    lines = [
+        Line(name, colour, dashed, {target: fmean(seeds) for target, seeds in points.items()})
+        for (name, colour, dashed), points in values.items()
     ]
+    titles = [target_title(target) for target in targets(comparison)]
+    return perplexity_lines(lines, titles, comparison.dense.texts[0].perplexity) if lines else None

@@ -1,7 +1,7 @@
 """Differences between models' accuracies on tasks, paired by example, and which of them are more than chance."""
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from statistics import fmean
@@ -37,46 +37,33 @@ class Difference:
         return math.erfc(abs(self.mean) / self.standard_error / math.sqrt(2))
 
 
-def tasks_without_answers(evaluation: Evaluation) -> set[str]:
-    """Tasks with an accuracy that has no right or wrong answer to each example.
-
-    Their accuracy is a probability, or they are of a version that did not keep answers.
-    """
-    return {task.task for task in evaluation.tasks if task.metric == ACCURACY and task.right is None}
-
-
-def answers(evaluations: Sequence[Evaluation], left_out: Collection[str] = ()) -> Answers | None:
+def answers(evaluations: Sequence[Evaluation]) -> Answers:
     """A row's answers, from its evaluations (one a calibration seed).
 
-    Args:
-        evaluations: of the row.
-        left_out: tasks that do not count: those without answers of the dense model.
-
-    Returns:
-        None: no evaluation has tasks, or they are of a version that did not keep the answer to each example.
+    A task whose accuracy is a probability has no right or wrong answers, and is left out.
     """
-    by_task: dict[str, list[str | None]] = {}
+    by_task: dict[str, list[str]] = {}
     for evaluation in evaluations:
         for task in evaluation.tasks:
-            if task.metric == ACCURACY and task.task not in left_out:
+            if task.metric == ACCURACY and task.right:
                 by_task.setdefault(task.task, []).append(task.right)
-    found = {name: [right for right in seeds if right] for name, seeds in by_task.items()}
-    if not found or any(len(found[name]) < len(by_task[name]) for name in found):
-        return None
-    return {name: [fmean(map(int, digits)) for digits in zip(*seeds, strict=True)] for name, seeds in found.items()}
+    return {name: [fmean(map(int, digits)) for digits in zip(*seeds, strict=True)] for name, seeds in by_task.items()}
 
 
 def paired_differences(rows: Mapping[str, Answers]) -> dict[tuple[str, str], Difference]:
     """The difference of each row from each earlier one, by (row, earlier row).
 
-    Each task counts the same, whatever its number of examples. The standard error of the mean over T tasks is
-    √(Σ s²) / T, with the standard errors s of each task's mean of differences.
+    Each task of the first row counts the same, whatever its number of examples; rows that lack one are left out. The
+    standard error of the mean over T tasks is √(Σ s²) / T, with the standard errors s of each task's mean of
+    differences.
     """
+    tasks = list(next(iter(rows.values()), ()))
+    complete = {name: row for name, row in rows.items() if tasks and row.keys() >= set(tasks)}
     differences = {}
-    for (earlier, earlier_answers), (name, row_answers) in combinations(rows.items(), 2):
+    for (earlier, earlier_answers), (name, row_answers) in combinations(complete.items(), 2):
         by_task = [
             mean_and_standard_error([a - b for a, b in zip(row_answers[task], earlier_answers[task], strict=True)])
-            for task in earlier_answers
+            for task in tasks
         ]
         differences[name, earlier] = Difference(
             fmean(mean for mean, _ in by_task), math.hypot(*(error for _, error in by_task)) / len(by_task)

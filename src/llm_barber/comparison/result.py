@@ -2,15 +2,13 @@
 
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict
-
-from llm_barber.evaluation.result import Evaluation
+from llm_barber.evaluation.result import Evaluation, Frozen
 from llm_barber.settings.compare import CompareRow
 
 DENSE = "dense"  # the dense model's name, in tables and cells
 
 
-class CellResult(BaseModel):
+class CellResult(Frozen):
     """The result of one cell: one model, pruned in one way and measured.
 
     `key`: all that the result depends on. `errors`: for each kind of block, the mean reconstruction error before and
@@ -18,8 +16,6 @@ class CellResult(BaseModel):
     the process while it prunes, with what the evaluator keeps in memory. `machine`: the machine that pruned; None: an
     older version did not note it.
     """
-
-    model_config = ConfigDict(frozen=True)
 
     name: str
     key: dict[str, Any]
@@ -35,19 +31,15 @@ class CellResult(BaseModel):
     evaluation: Evaluation
 
 
-class DenseResult(BaseModel):
+class DenseResult(Frozen):
     """The dense model's evaluation; `key`: all that it depends on."""
-
-    model_config = ConfigDict(frozen=True)
 
     key: dict[str, Any]
     evaluation: Evaluation
 
 
-class ComparisonCell(BaseModel):
+class ComparisonCell(Frozen):
     """A cell of a comparison with its result, or with the error that stopped it, and what to do about it."""
-
-    model_config = ConfigDict(frozen=True)
 
     method: CompareRow
     rebuilt: bool
@@ -58,10 +50,8 @@ class ComparisonCell(BaseModel):
     hint: str | None = None
 
 
-class Comparison(BaseModel):
+class Comparison(Frozen):
     """A comparison: the dense model's evaluation and the cells that are finished."""
-
-    model_config = ConfigDict(frozen=True)
 
     model: str
     settings: dict[str, Any]

@@ -1,19 +1,21 @@
-"""A comparison as Markdown and as CSV, and the sentences about what its numbers depend on."""
+"""A comparison's files, and the sentences about what its numbers depend on."""
 
 import csv
 import io
+import textwrap
 from collections.abc import Iterable, Sequence
+from functools import partial
+from pathlib import Path
 
-from llm_barber.comparison.paired import ACCURACY, answers, tasks_without_answers
-from llm_barber.comparison.result import DENSE, Comparison, ComparisonCell
+from llm_barber.checkpoint.durable import write_durably
+from llm_barber.comparison.page import comparison_page, comparison_picture
+from llm_barber.comparison.paired import ACCURACY, answers
+from llm_barber.comparison.result import DENSE, Comparison
 from llm_barber.comparison.tables import (
     PAIRED,
     TITLES,
     Row,
     TargetTable,
-    cells_by_row,
-    differences_on_tasks,
-    evaluations_by_row,
     headings,
     row_title,
     tables_by_target,
@@ -22,77 +24,76 @@ from llm_barber.comparison.tables import (
 from llm_barber.evaluation.result import Evaluation
 
 
+def write_files(comparison: Comparison, folder: Path) -> None:
+    """Write `comparison.json`, `.csv`, `.md`, `.svg` and `.html`, each whole or not at all."""
+    tables, sentences = tables_by_target(comparison), notes(comparison)
+    contents = {
+        "json": comparison.model_dump_json(indent=1) + "\n",
+        "csv": comma_separated(comparison),
+        "md": markdown(comparison),
+        "svg": comparison_picture(comparison),
+        "html": comparison_page(comparison, tables, sentences),
+    }
+    for ending, content in contents.items():
+        path = folder / f"comparison.{ending}"
+        if content is None:  # an earlier comparison had something to draw
+            path.unlink(missing_ok=True)
+        else:
+            write_durably(path, content.encode())
+
+
 def notes(comparison: Comparison) -> list[str]:
     """Sentences about all that the numbers depend on, and about the cells that could not be finished."""
     settings = comparison.settings
-    seeds = ", ".join(map(str, settings["seeds"]))
+    seeds, of_seeds = _seeds(settings["seeds"]), settings["seeds"][: settings["task_seeds"]]
     lines = [
         f"Model: {comparison.model}.",
-        f"Calibration: {settings['calibration']}, {settings['samples']} windows of {settings['seqlen']} tokens, "
-        f"seed{'s' if len(settings['seeds']) > 1 else ''} {seeds}"
+        f"Calibration: {settings['calibration']}, {settings['samples']} windows of {settings['seqlen']} tokens, {seeds}"
         + (" (mean ± sample standard deviation over seeds)." if len(settings["seeds"]) > 1 else "."),
-        *_notes_on_tests(comparison),
-        *_notes_on_rebuilds(comparison.cells),
+    ]
+    for text in comparison.dense.texts:
+        lines.append(
+            f"{text.text}: {text.windows} windows of {text.seqlen} tokens, "
+            f"{'each with' if text.begins_with_bos else 'without'} BOS, sha256 {text.sha256[:16]}; KL: mean "
+            "Kullback-Leibler divergence of the pruned model's next-token distribution from the dense model's, nats a "
+            "token."
+        )
+    accuracies = [task for task in comparison.dense.tasks if task.metric == ACCURACY]
+    for task in accuracies:
+        lines.append(
+            f"{task.task}: accuracy on {task.examples} examples, {task.shots} shots, {task.source}; standard error of "
+            f"the dense model's {100 * task.standard_error:.1f} %."
+        )
+    if accuracies and of_seeds != settings["seeds"]:
+        lines.append(f"Tasks: calibration {_seeds(of_seeds)} only.")
+    if left_out := {task.task for task in accuracies} - answers([comparison.dense]).keys():
+        lines.append(
+            f"No differences paired by example on: {', '.join(sorted(left_out))}. Which of the dense model's answers "
+            "are right is not known: the task scores probabilities."
+        )
+    lines += _notes_on_rebuilds(comparison)
+    lines.append(
         "Seconds: pruning, from the first layer read to the last written. Peak memory: the whole process meanwhile, "
         "with the dense model's predictions. Bold in the tables of methods: the best of its column. "
         f"{comparison.dtype} on {comparison.device}; "
         + ", ".join(f"{name} {number}" for name, number in comparison.versions.items())
-        + ".",
-    ]
-    if left_out := tasks_without_answers(comparison.dense):
-        lines.append(
-            f"No differences paired by example on: {', '.join(sorted(left_out))}. Which of the dense model's answers "
-            "are right is not known: the task scores probabilities, or an earlier version kept no answers."
-        )
-    if unpaired := _rows_without_answers(comparison):
-        lines.append(
-            f"Without differences on tasks: {', '.join(unpaired)}. Their cells are of a version that kept no answers "
-            "by example; remove them to measure again."
-        )
-    machines = dict.fromkeys(cell.result.machine or "not noted" for cell in comparison.cells if cell.result)
-    if machines:
+        + "."
+    )
+    if machines := dict.fromkeys(cell.result.machine or "not noted" for cell in comparison.cells if cell.result):
         lines.append(f"Machine{'s' if len(machines) > 1 else ''}: {'; '.join(machines)}.")
-    return lines + [f"Not done: {_title(cell)}: {cell.failure}." for cell in comparison.failures]
-
-
-def _rows_without_answers(comparison: Comparison) -> list[str]:
-    """Titles of the rows that a table of differences lacks, although they were measured on tasks."""
-    titles: dict[str, None] = {}
-    left_out = tasks_without_answers(comparison.dense)
-    for target in dict.fromkeys(cell.target for cell in comparison.cells):
-        evaluations = evaluations_by_row(comparison, target)
-        measured = {title: row for title, row in evaluations.items() if any(each.tasks for each in row)}
-        found = {title: answers(row, left_out) for title, row in measured.items()}
-        if any(found.values()):
-            titles |= dict.fromkeys(title for title, row_answers in found.items() if row_answers is None)
-    return list(titles)
-
-
-def _notes_on_tests(comparison: Comparison) -> list[str]:
-    """Sentences about the texts and tasks."""
-    settings = comparison.settings
-    lines = [
-        f"{text.text}: {text.windows} windows of {text.seqlen} tokens, "
-        f"{'each with' if text.begins_with_bos else 'without'} BOS, "
-        f"sha256 {text.sha256[:16]}; KL: mean Kullback-Leibler divergence of the pruned model's "
-        "next-token distribution from the dense model's, nats a token."
-        for text in comparison.dense.texts
-    ]
-    lines += [
-        f"{task.task}: accuracy on {task.examples} examples, {task.shots} shots, {task.source}; "
-        f"standard error of the dense model's {100 * task.standard_error:.1f} %."
-        for task in comparison.dense.tasks
-        if task.metric == ACCURACY
-    ]
-    if settings["task_seeds"] is not None and settings["task_seeds"] < len(settings["seeds"]):
-        seeds = settings["seeds"][: settings["task_seeds"]]
-        lines.append(f"Tasks: calibration seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))} only.")
+    for cell in comparison.failures:
+        title = f"{row_title(cell.method, cell.rebuilt)} at {target_title(cell.target)}, seed {cell.seed}"
+        lines.append(f"Not done: {title}: {cell.failure}.")
     return lines
 
 
-def _notes_on_rebuilds(cells: Iterable[ComparisonCell]) -> list[str]:
+def _seeds(seeds: Sequence[int]) -> str:
+    return f"seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}"
+
+
+def _notes_on_rebuilds(comparison: Comparison) -> list[str]:
     """Sentences about the settings of the rebuilds, and about the rebuilds that changed nothing."""
-    rebuilt = [(cell, cell.result) for cell in cells if cell.rebuilt and cell.result]
+    rebuilt = [(cell, cell.result) for cell in comparison.cells if cell.rebuilt and cell.result]
     swaps = dict.fromkeys(
         f"{TITLES[cell.method]}{' (N:M)' if ':' in cell.target else ''}: "
         f"within each {result.granularity}, ratio {result.rebuild_ratio:g}"
@@ -111,7 +112,8 @@ def markdown(comparison: Comparison) -> str:
     lines = [f"# {comparison.model}: methods side by side", ""]
     for table in tables_by_target(comparison):
         lines += section(table, headings(comparison))
-    return "\n".join([*lines, *(f"- {note}" for note in notes(comparison)), ""])
+    wrap = partial(textwrap.fill, width=100, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
+    return "\n".join([*lines, *(wrap(f"- {note}") for note in notes(comparison)), ""])
 
 
 def section(table: TargetTable, headings: Sequence[str]) -> list[str]:
@@ -137,43 +139,20 @@ def comma_separated(comparison: Comparison) -> str:
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")
     writer.writerow(["method", "rebuilt", "target", "seed", "text_or_task", "metric", "value", "standard_error"])
-    for line in _numbers(comparison.dense):
-        writer.writerow([DENSE, False, "", "", *line])
+    writer.writerows([DENSE, False, "", "", *line] for line in _numbers(comparison.dense))
     for cell in comparison.cells:
-        if cell.result is None:
-            continue
-        result = cell.result
-        columns_of_cell = [cell.method.value, cell.rebuilt, cell.target, cell.seed]
-        pruning = {
-            "sparsity": result.sparsity,
-            "swapped": result.swapped,
-            "seconds": round(result.seconds, 3),
-            "peak_memory": result.peak_memory,
-        }
-        for line in [*(["", name, value, ""] for name, value in pruning.items()), *_numbers(result.evaluation)]:
-            writer.writerow([*columns_of_cell, *line])
-    for target in dict.fromkeys(cell.target for cell in comparison.cells):
-        first = {title: cells[0] for title, cells in cells_by_row(comparison, target).items()}
-        for (title, earlier), difference in differences_on_tasks(comparison, target).items():
-            cell, other = first[title], first.get(earlier)
-            less = DENSE if other is None else f"{other.method.value}{'-rebuilt' * other.rebuilt}"
-            line = [f"{ACCURACY}_less_{less}", difference.mean, difference.standard_error]
-            writer.writerow([cell.method.value, cell.rebuilt, target, "", "mean of tasks", *line])
+        if cell.result is not None:
+            of_cell = [cell.method.value, cell.rebuilt, cell.target, cell.seed]
+            pruning = cell.result.model_dump(include={"sparsity", "swapped", "seconds", "peak_memory"})
+            writer.writerows([*of_cell, "", name, value, ""] for name, value in pruning.items())
+            writer.writerows([*of_cell, *line] for line in _numbers(cell.result.evaluation))
     return file.getvalue()
 
 
 def _numbers(evaluation: Evaluation) -> Iterable[list[object]]:
     for text in evaluation.texts:
-        yield [text.text, "perplexity", text.perplexity, ""]
-        if text.against is not None:
-            yield [text.text, "perplexity_ratio", text.against.perplexity_ratio, ""]
-            yield [text.text, "divergence", text.against.divergence, ""]
-            yield [text.text, "top_agreement", text.against.top_agreement, ""]
+        compared = text.against.model_dump(exclude={"perplexity"}) if text.against else {}
+        for metric, value in {"perplexity": text.perplexity, **compared}.items():
+            yield [text.text, metric, value, ""]
     for task in evaluation.tasks:
         yield [task.task, task.metric, task.value, task.standard_error]
-        if task.against is not None:
-            yield [task.task, f"{task.metric}_difference", task.against.difference, task.against.standard_error]
-
-
-def _title(cell: ComparisonCell) -> str:
-    return f"{row_title(cell)} at {target_title(cell.target)}, seed {cell.seed}"

@@ -1,7 +1,6 @@
 """Evaluate a checkpoint: perplexity, accuracy on tasks, distance from another model's predictions."""
 
 import hashlib
-from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from types import ModuleType
@@ -10,11 +9,10 @@ import torch
 from torch import Tensor
 
 from llm_barber.errors import ModelError, TaskError, first_line
-from llm_barber.evaluation.branches import Batch
 from llm_barber.evaluation.predictions import HiddenStates, measure_predictions
 from llm_barber.evaluation.result import Evaluation, TaskResult, TextResult
 from llm_barber.evaluation.streamed import StreamedModel
-from llm_barber.evaluation.tasks import TaskRun, compare_tasks, earlier_run, find_tasks
+from llm_barber.evaluation.tasks import compare_tasks, find_tasks
 from llm_barber.evaluation.texts import check_text, evaluation_text, evaluation_windows
 from llm_barber.loading.configuration import check_positions
 from llm_barber.loading.opening import warn_of_lacking_buffers
@@ -53,13 +51,19 @@ def evaluate(config: EvaluateConfig, progress: Progress | None = None) -> Evalua
         HubError: the hub is needed and cannot be reached.
     """
     progress = progress or Silent()
-    return Evaluator(config, progress).measure(config.model, progress)
+    evaluator = Evaluator(config, progress)
+    evaluation = evaluator.measure(config.model, progress)
+    if evaluator.other is None or not evaluation.tasks:
+        return evaluation
+    same_model = evaluator.other is evaluator.model
+    other_tasks = evaluation.tasks if same_model else evaluator.run_tasks(evaluator.other, progress)
+    return evaluation.model_copy(update={"tasks": compare_tasks(evaluation.tasks, other_tasks)})
 
 
 class Evaluator:
     """Texts and tasks, prepared once to measure any number of models that share a tokenizer.
 
-    The predictions of the other model (`against`) are computed once, and kept as its last hidden states.
+    The predictions of the other model (`against`) on texts are computed once, and kept as its last hidden states.
 
     Args:
         config: the settings; texts and tasks are tokenised for `config.model`.
@@ -79,81 +83,76 @@ class Evaluator:
         for name in config.texts:  # before a model is downloaded
             check_text(name)
         progress.stage(f"opening {config.model}")
-        model = StreamedModel(config.model, self.device, self.dtype, config.structure)
-        self.other = None
+        self.other: StreamedModel | None = None
+        self._other_states: dict[str, HiddenStates] = {}
         if config.against is not None:
-            self.other = StreamedModel(config.against, self.device, self.dtype, config.structure)
-            _check_vocabularies(model, self.other)
-            warn_of_lacking_buffers(self.other.skeleton.model, self.other.source, progress)
-        self.tokenizer = load_tokenizer(model.source.folder)
+            self.other = self._open(config.against, progress)
+        self.model = self._open(config.model, progress)
+        self.tokenizer = load_tokenizer(self.model.source.folder)
         if self.tokenizer is None:
             raise ModelError(f"{config.model} has no tokenizer, which a text needs", "add its tokenizer files")
         if config.texts:
-            check_positions(model.config, config.seqlen)
+            check_positions(self.model.config, config.seqlen)
         if self.other is not None:
             check_same_tokenizer(self.tokenizer, self.other.source.model, self.other.source.folder)
-        self.texts = [self._tokenised(name, model, progress) for name in config.texts]
-        self._other_states: dict[str, HiddenStates] = {}
-        self._other_tasks: TaskRun | None = None
+        self.texts = [self._tokenise(name, progress) for name in config.texts]
 
     def measure(self, model: str, progress: Progress, with_tasks: bool = True) -> Evaluation:
-        """Measure one model, on the texts and, unless `with_tasks` is False, on the tasks.
+        """Measure one model on the texts and, unless `with_tasks` is False, on the tasks.
+
+        Results of tasks are not compared with those of the other model.
 
         Raises:
             ModelError: the model cannot be read or computed.
             TaskError: a task cannot be run.
         """
-        streamed = StreamedModel(model, self.device, self.dtype, self.config.structure)
-        if self.other is not None:
-            _check_vocabularies(streamed, self.other)
-        if not self._is_other(streamed):
-            warn_of_lacking_buffers(streamed.skeleton.model, streamed.source, progress)
-        texts = tuple(self._measure_text(streamed, text, progress) for text in self.texts)
-        tasks: tuple[TaskResult, ...] = ()
-        if self.tasks and with_tasks:
-            if self.other is not None and self._other_tasks is None:
-                self._other_tasks = self._run_tasks(self.other, progress)
-            known_run = self._other_tasks if self._is_other(streamed) else None
-            tasks = compare_tasks(known_run or self._run_tasks(streamed, progress), self._other_tasks)
+        streamed = self.model if model == self.config.model else self._open(model, progress)
         return Evaluation(
             model=model,
             against=self.config.against,
             device=str(self.device),
             dtype=str(self.dtype).removeprefix("torch."),
             versions=versions(),
-            texts=texts,
-            tasks=tasks,
+            texts=tuple(self._measure_text(streamed, text, progress) for text in self.texts),
+            tasks=self.run_tasks(streamed, progress) if self.tasks and with_tasks else (),
         )
 
-    def recall_tasks(self, results: Sequence[TaskResult]) -> None:
-        """Take an earlier run of the tasks on the model to compare with, if it has the answer to each example.
+    @same_kernels()
+    def run_tasks(self, model: StreamedModel, progress: Progress) -> tuple[TaskResult, ...]:
+        """Run the tasks on a model.
 
-        Args:
-            results: of that model, on the tasks of this evaluator.
+        Raises:
+            TaskError: a task cannot be run.
         """
-        if self.other is not None and self._other_tasks is None:
-            self._other_tasks = earlier_run(results)
+        results: tuple[TaskResult, ...] = _import_harness().run_tasks(
+            model, self.tokenizer, self.tasks, self.config.limit, self.config.batch_size, progress
+        )
+        return results
 
-    def _tokenised(self, name: str, model: StreamedModel, progress: Progress) -> TokenisedText:
+    def _open(self, model: str, progress: Progress) -> StreamedModel:
+        if self.other is not None and model == self.config.against:
+            return self.other
+        streamed = StreamedModel(model, self.device, self.dtype, self.config.structure)
+        if self.other is not None:
+            check_same_vocabulary(streamed.source.model, streamed.config, self.other.source.model, self.other.config)
+        warn_of_lacking_buffers(streamed.skeleton.model, streamed.source, progress)
+        return streamed
+
+    def _tokenise(self, name: str, progress: Progress) -> TokenisedText:
         progress.stage(f"reading text {name}")
         assert self.tokenizer is not None
         text = evaluation_text(name)
         windows = evaluation_windows(
             name, text, self.tokenizer, self.config.seqlen, self.config.windows, self.config.bos
         )
-        check_vocabulary(model.config, windows)
+        check_vocabulary(self.model.config, windows)
         beginning = torch.tensor(beginning_of_texts(self.tokenizer))
         begins_with_bos = len(beginning) > 0 and bool((windows[:, : len(beginning)] == beginning).all())
         return TokenisedText(name, hashlib.sha256(text.encode()).hexdigest(), windows, begins_with_bos)
 
     def _measure_text(self, model: StreamedModel, text: TokenisedText, progress: Progress) -> TextResult:
-        other = None
-        if self.other is not None:
-            if text.name not in self._other_states:
-                self._other_states[text.name] = self._states(self.other, text.windows, progress)
-            other = self._other_states[text.name]
-        known_states = other if self._is_other(model) else None
-        states = known_states or self._states(model, text.windows, progress)
+        other = None if self.other is None else self._states(self.other, text, progress)
+        states = self._states(model, text, progress)
         windows = text.windows.to(self.device)
         perplexity, comparison = measure_predictions(text.name, windows, states, other, progress)
         return TextResult(
@@ -166,20 +165,15 @@ class Evaluator:
             against=comparison,
         )
 
-    def _states(self, model: StreamedModel, windows: Tensor, progress: Progress) -> HiddenStates:
-        size = resolve_batch_size(self.config.batch_size, windows.shape[1], windows.shape[0], self.device)
-        batches = model.hidden_states([Batch(part) for part in torch.split(windows, size)], progress)
-        return HiddenStates(model, [window for batch in batches for window in batch])
-
-    def _is_other(self, model: StreamedModel) -> bool:
-        """True for the model that all others are compared with: its predictions are known already."""
-        return self.other is not None and model.source.folder == self.other.source.folder
-
-    def _run_tasks(self, model: StreamedModel, progress: Progress) -> TaskRun:
-        run: TaskRun = _import_harness().run_tasks(
-            model, self.tokenizer, self.tasks, self.config.limit, self.config.batch_size, progress
-        )
-        return run
+    def _states(self, model: StreamedModel, text: TokenisedText, progress: Progress) -> HiddenStates:
+        """The last hidden states of each window of a text; the other model's are kept."""
+        kept = self._other_states if model is self.other else {}
+        if text.name not in kept:
+            count, seqlen = text.windows.shape
+            size = resolve_batch_size(self.config.batch_size, seqlen, count, self.device)
+            batches = model.hidden_states(torch.split(text.windows, size), progress)
+            kept[text.name] = HiddenStates(model, [window for batch in batches for window in batch])
+        return kept[text.name]
 
 
 def _import_harness() -> ModuleType:
@@ -194,7 +188,3 @@ def _import_harness() -> ModuleType:
         raise TaskError(
             f"tasks need lm-eval, which cannot be imported: {first_line(error)}", "pip install 'lm-eval>=0.4.13'"
         ) from error
-
-
-def _check_vocabularies(model: StreamedModel, other: StreamedModel) -> None:
-    check_same_vocabulary(model.source.model, model.config, other.source.model, other.config)

@@ -1,32 +1,42 @@
-"""Run tasks through lm-eval. Needs the extra `eval`."""
+"""Run tasks through lm-eval, with a streamed model as its language model. Needs the extra `eval`."""
 
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from difflib import get_close_matches
-from functools import cache
+from functools import cache, cached_property, partialmethod
 from typing import Any
 
 import lm_eval.api.task
+import torch
+from lm_eval.api.model import TemplateLM
 from lm_eval.evaluator import evaluate as evaluate_tasks
 from lm_eval.tasks import TaskManager
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from llm_barber.errors import HubError, TaskError, first_line
-from llm_barber.evaluation.language_model import StreamedLanguageModel
+from llm_barber.evaluation.predictions import token_losses
 from llm_barber.evaluation.result import TaskResult
 from llm_barber.evaluation.streamed import StreamedModel
 from llm_barber.evaluation.tasks import (
     PAPER_TASKS,
     Task,
-    TaskRun,
     continues_sentence,
     lm_eval_version,
     mean_and_standard_error,
 )
+from llm_barber.loading.tokenizer import check_vocabulary
+from llm_barber.model.device import resolve_batch_size
 from llm_barber.progress import Progress
+from llm_barber.text.windows import tokens_of
 
 FEWSHOT_SEED = 1234  # lm-eval's default
 CHOICE = "multiple_choice"
+PASS_BYTES = 2**30  # of activations in memory; more requests take another pass over the model's layers
+Tokens = tuple[int, ...]
+Answer = tuple[float, bool]  # log-likelihood of a continuation, and True where greedy decoding gives it
 
 
 def run_tasks(
@@ -36,7 +46,7 @@ def run_tasks(
     limit: int | None,
     batch_size: int | None,
     progress: Progress,
-) -> TaskRun:
+) -> tuple[TaskResult, ...]:
     """Run tasks on a model.
 
     Args:
@@ -53,57 +63,40 @@ def run_tasks(
         ModelError: the model gives NaN or Inf.
     """
     progress.stage(f"tasks {', '.join(task.name for task in tasks)} on {model.source.model}")
-    language_model = StreamedLanguageModel(model, tokenizer, batch_size, progress)
     with _quiet():
         loaded = _load(tasks)
         output = evaluate_tasks(
-            language_model,
+            StreamedLanguageModel(model, tokenizer, batch_size, progress),
             {"tasks": loaded, "groups": {}, "group_map": {}},
             limit=limit,
             bootstrap_iters=0,
             log_samples=True,
         )
-    return _collect(output, loaded, {task.name: task for task in tasks})
+    by_name = {task.name: task for task in tasks}
+    return tuple(result for name in loaded for result in _results(output, name, by_name.get(name)))
 
 
-def _collect(output: Mapping[str, Any], names: Iterable[str], tasks: Mapping[str, Task]) -> TaskRun:
-    """Results of a run, and the value of every example, from lm-eval's output.
-
-    Args:
-        output: of lm-eval's `evaluate`.
-        names: of the tasks that were run; a group runs several.
-        tasks: by the names that the user gave.
-    """
-    results = []
-    by_example: dict[tuple[str, str], list[float]] = {}
-    for name in names:
-        samples = sorted(output["samples"][name], key=lambda sample: sample["doc_id"])
-        for metric in [key for key, value in samples[0].items() if key in samples[0]["metrics"] and _is_number(value)]:
-            values = [float(sample[metric]) for sample in samples]
-            mean, error = mean_and_standard_error(values)
-            by_example[name, metric] = values
-            task = tasks.get(name)
-            results.append(
-                TaskResult(
-                    task=name,
-                    metric=metric,
-                    value=mean,
-                    standard_error=error,
-                    examples=len(values),
-                    shots=output["n-shot"][name],
-                    source=task.file.name
-                    if task and task.file
-                    else f"{lm_eval_version()}, version {output['versions'][name]}",
-                    sha256=task.sha256 if task else None,
-                    against=None,
-                    right="".join(f"{value:.0f}" for value in values) if set(values) <= {0.0, 1.0} else None,
-                )
-            )
-    return TaskRun(tuple(results), by_example)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float)
+def _results(output: Mapping[str, Any], name: str, task: Task | None) -> Iterator[TaskResult]:
+    """Results of a task from lm-eval's output, one for each metric; `task` is None for a member of a group."""
+    samples = sorted(output["samples"][name], key=lambda sample: sample["doc_id"])
+    source = f"{lm_eval_version()}, version {output['versions'][name]}"
+    for metric in samples[0]["metrics"]:
+        values = [sample[metric] for sample in samples]
+        if not all(isinstance(value, int | float) for value in values):
+            continue
+        mean, error = mean_and_standard_error(values)
+        yield TaskResult(
+            task=name,
+            metric=metric,
+            value=mean,
+            standard_error=error,
+            examples=len(values),
+            shots=output["n-shot"][name],
+            source=task.file.name if task and task.file else source,
+            sha256=task.sha256 if task else None,
+            against=None,
+            right="".join(f"{value:.0f}" for value in values) if set(values) <= {0, 1} else None,
+        )
 
 
 def check_names(tasks: Sequence[Task]) -> None:
@@ -133,10 +126,9 @@ def _load(tasks: Sequence[Task]) -> dict[str, Any]:
     """lm-eval's task objects, by name; a group of tasks gives all its tasks.
 
     Raises:
-        TaskError: lm-eval does not know a task, or the task is not multiple choice.
+        TaskError: the task is not multiple choice.
         HubError: a task's data cannot be loaded.
     """
-    check_names(tasks)
     loaded: dict[str, Any] = {}
     for task in tasks:
         try:
@@ -192,3 +184,117 @@ def _quiet() -> Iterator[None]:
     finally:
         lm_eval.api.task.tqdm = bar
         logger.setLevel(level)
+
+
+class StreamedLanguageModel(TemplateLM):  # type: ignore[misc]
+    """Answers lm-eval's requests for log-likelihoods; requests that read the same tokens share a sequence."""
+
+    loglikelihood = partialmethod(TemplateLM.loglikelihood, disable_tqdm=True)
+    loglikelihood_rolling = generate_until = None  # no multiple-choice task asks for them
+
+    def __init__(self, model: StreamedModel, tokenizer: Any, batch_size: int | None, progress: Progress) -> None:
+        super().__init__()
+        self.model = model
+        self.tokenizer = tokenizer
+        self.requested_batch_size = batch_size
+        self.progress = progress
+
+    @property
+    def eot_token_id(self) -> int:
+        """The token that ends a text.
+
+        Raises:
+            TaskError: the tokenizer has no such token.
+        """
+        end = self.tokenizer.eos_token_id
+        if not isinstance(end, int):
+            raise TaskError(
+                "the model's tokenizer has no token that ends a text, which tasks need",
+                "add eos_token to tokenizer_config.json",
+            )
+        return end
+
+    @property
+    def prefix_token_id(self) -> int:
+        """The first token of a text without context."""
+        begin = self.tokenizer.bos_token_id
+        return begin if isinstance(begin, int) else self.eot_token_id
+
+    @cached_property
+    def max_length(self) -> int:
+        """Number of the model's positions."""
+        return int(getattr(self.model.config, "max_position_embeddings", 2048))
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
+        """Token ids of a text; None: with special tokens where the tokenizer adds them."""
+        return tokens_of(string, self.tokenizer, add_special_tokens is not False)
+
+    def _loglikelihood_tokens(
+        self, requests: list[tuple[tuple[str, str], list[int], list[int]]], **_: Any
+    ) -> list[Answer]:
+        readers: dict[
+            Tokens, list[tuple[int, Tensor]]
+        ] = {}  # number and continuation of each request, by what it reads
+        for number, (_texts, context, continuation) in enumerate(requests):
+            check_vocabulary(self.model.config, torch.tensor(context + continuation))
+            # The continuation's last token is predicted, not read.
+            tokens = tuple((context + continuation)[-(self.max_length + 1) : -1])
+            readers.setdefault(tokens, []).append((number, torch.tensor(continuation[-len(tokens) :])))
+        answers: dict[int, Answer] = {}
+        for batches in self._passes(sorted(readers, key=len, reverse=True)):
+            padded = [pad_sequence([torch.tensor(tokens) for tokens in batch], batch_first=True) for batch in batches]
+            all_states = self.model.hidden_states(padded, self.progress)
+            self.progress.start("scoring answers", len(batches))
+            for batch, hidden in zip(batches, all_states, strict=True):
+                answers |= self._score(
+                    [
+                        (number, states[: len(tokens)][-len(continuation) :], continuation)
+                        for tokens, states in zip(batch, hidden, strict=True)
+                        for number, continuation in readers[tokens]
+                    ]
+                )
+                self.progress.advance("")
+        return [answers[number] for number in range(len(requests))]
+
+    def _passes(self, sequences: Sequence[Tokens]) -> Iterator[list[list[Tokens]]]:
+        """Batches of sequences of similar length, for each pass over the layers; its activations fit `PASS_BYTES`.
+
+        Causal attention does not read the padding after shorter sequences.
+        """
+        room = PASS_BYTES // (self.model.skeleton.dtype.itemsize * self.model.config.hidden_size)  # tokens
+        batches: list[list[Tokens]] = []
+        used = start = 0
+        while start < len(sequences):
+            length = len(sequences[start])
+            size = resolve_batch_size(
+                self.requested_batch_size, length, len(sequences) - start, self.model.skeleton.device
+            )
+            if batches and used + size * length > room:
+                yield batches
+                batches, used = [], 0
+            batches.append(list(sequences[start : start + size]))
+            used += size * length
+            start += size
+        if batches:
+            yield batches
+
+    def _score(self, requests: Sequence[tuple[int, Tensor, Tensor]]) -> dict[int, Answer]:
+        """Answers of requests, by their numbers.
+
+        Args:
+            requests: number, hidden states that predict the continuation, (k, hidden), and continuation, (k,).
+        """
+        size = self.model.positions_at_once
+        states = torch.cat([states for _, states, _ in requests])
+        following = torch.cat([continuation for *_, continuation in requests]).to(self.model.skeleton.device)
+        losses, greedy = [], []
+        for part, tokens in zip(torch.split(states, size), torch.split(following, size), strict=True):
+            logits = self.model.logits(part, "a task")
+            losses.append(token_losses(logits, logits.logsumexp(1), tokens))
+            greedy.append(logits.argmax(1) == tokens)
+        lengths = [len(continuation) for *_, continuation in requests]
+        parts = zip(torch.split(torch.cat(losses), lengths), torch.split(torch.cat(greedy), lengths), strict=True)
+        return {
+            number: (-math.fsum(loss.tolist()), bool(chosen.all()))
+            for (number, *_), (loss, chosen) in zip(requests, parts, strict=True)
+        }

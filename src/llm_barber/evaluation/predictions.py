@@ -53,11 +53,10 @@ def measure_predictions(
     for index, window in enumerate(windows):
         for start in range(0, len(window) - 1, states.model.positions_at_once):
             part = slice(start, min(start + states.model.positions_at_once, len(window) - 1))
-            following = window[1:][part].unsqueeze(1)
-            where = f"window {index} of {text}"
+            following, where = window[1:][part], f"window {index} of {text}"
             logits = states.model.logits(states.windows[index][part], where)
             log_total = logits.logsumexp(1)
-            sums.loss += _loss(logits, log_total, following)
+            sums.loss += token_losses(logits, log_total, following).double().sum().item()
             if other is not None:
                 reference = other.model.logits(other.windows[index][part], where)
                 _add_comparison(sums, logits, log_total, reference, following)
@@ -74,6 +73,17 @@ def measure_predictions(
     return _perplexity(sums.loss / count, text), comparison
 
 
+def token_losses(logits: Tensor, log_total: Tensor, following: Tensor) -> Tensor:
+    """Negative log-likelihood of the token that follows each position, nats, (positions,).
+
+    Args:
+        logits: float32, (positions, vocabulary).
+        log_total: their logsumexp, (positions,).
+        following: int64, (positions,).
+    """
+    return log_total - logits.gather(1, following.unsqueeze(1)).squeeze(1)
+
+
 def _add_comparison(sums: Sums, logits: Tensor, log_total: Tensor, reference: Tensor, following: Tensor) -> None:
     """Add the other model's loss, its divergence and the agreement of both models at some positions.
 
@@ -82,7 +92,7 @@ def _add_comparison(sums: Sums, logits: Tensor, log_total: Tensor, reference: Te
         logits: (positions, vocabulary), float32.
         log_total: their logsumexp, (positions,).
         reference: the other model's logits; overwritten.
-        following: the tokens to predict, int64, (positions, 1).
+        following: the tokens to predict, int64, (positions,).
     """
     top = reference.amax(1, keepdim=True)
     # The same token is the most likely one of both models; finding its number would take ten times as long.
@@ -91,15 +101,10 @@ def _add_comparison(sums: Sums, logits: Tensor, log_total: Tensor, reference: Te
     weights = (reference - top).exp_()
     total = weights.sum(1)
     other_log_total = top.squeeze(1) + total.log()
-    sums.other_loss += _loss(reference, other_log_total, following)
+    sums.other_loss += token_losses(reference, other_log_total, following).double().sum().item()
     # Σ p (log p − log q), with log p = reference − its log total and p = weights / their total: one product.
     distance = torch.linalg.vecdot(weights, reference.sub_(logits)) / total - (other_log_total - log_total)
     sums.divergence += distance.double().sum().item()
-
-
-def _loss(logits: Tensor, log_total: Tensor, following: Tensor) -> float:
-    """Sum of −log p of the following tokens, int64, (positions, 1); `log_total` is the logits' logsumexp."""
-    return (log_total - logits.gather(1, following).squeeze(1)).double().sum().item()
 
 
 def _perplexity(loss: float, where: str) -> float:

@@ -5,7 +5,13 @@ from typing import Self
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 
-class TextComparison(BaseModel):
+class Frozen(BaseModel):
+    """A result: it does not change."""
+
+    model_config = ConfigDict(frozen=True)
+
+
+class TextComparison(Frozen):
     """The comparison of two models' predictions on a text.
 
     `perplexity`: the other model's. `perplexity_ratio`: the evaluated model's perplexity over it. Means over tokens:
@@ -13,21 +19,17 @@ class TextComparison(BaseModel):
     nats; `top_agreement`, the share of tokens with the same most likely next token.
     """
 
-    model_config = ConfigDict(frozen=True)
-
     perplexity: float
     perplexity_ratio: float
     divergence: float
     top_agreement: float
 
 
-class TextResult(BaseModel):
+class TextResult(Frozen):
     """Perplexity on one text, with everything that the number depends on.
 
     `begins_with_bos`: each window begins with BOS, or with other tokens that the tokenizer puts in front of texts.
     """
-
-    model_config = ConfigDict(frozen=True)
 
     text: str
     perplexity: float
@@ -38,27 +40,23 @@ class TextResult(BaseModel):
     against: TextComparison | None
 
 
-class TaskComparison(BaseModel):
+class TaskComparison(Frozen):
     """The other model's value, and the difference of the evaluated model's value from it.
 
-    `standard_error` is that of the difference, paired by example.
+    `standard_error` is that of the difference: paired by example, or of independent samples where `right` is None.
     """
-
-    model_config = ConfigDict(frozen=True)
 
     value: float
     difference: float
     standard_error: float
 
 
-class TaskResult(BaseModel):
+class TaskResult(Frozen):
     """One metric of one task: an accuracy from 0 to 1, its standard error, and its examples.
 
     `right`: a digit for each example in the task's order, 1 where the model is right and 0 elsewhere; None: the metric
     is no share of examples, or an earlier version did not keep it.
     """
-
-    model_config = ConfigDict(frozen=True)
 
     task: str
     metric: str
@@ -78,10 +76,8 @@ class TaskResult(BaseModel):
         return self
 
 
-class Evaluation(BaseModel):
+class Evaluation(Frozen):
     """The evaluation of one model; `against` is the model that it was compared with, None: it was not."""
-
-    model_config = ConfigDict(frozen=True)
 
     model: str
     against: str | None

@@ -3,46 +3,25 @@
 Any model that can be pruned within the memory can be evaluated within it.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from llm_barber.checkpoint.source import CheckpointSource
 from llm_barber.errors import ModelError
-from llm_barber.evaluation.branches import Batch
 from llm_barber.loading.configuration import load_config
 from llm_barber.loading.opening import check_tensors, layer_locations, open_skeleton
 from llm_barber.model.architecture import StructureOptions
 from llm_barber.model.block import DecoderLayer
 from llm_barber.model.skeleton import Skeleton
-from llm_barber.model.stepping import Arguments
 from llm_barber.model.structure import find_architecture
 from llm_barber.progress import Progress
 from llm_barber.record.file import read_record, recorded_structure
 
 CPU_LOGITS_BYTES = 24 * 2**20
 GPU_LOGITS_BYTES = 512 * 2**20
-
-
-class MaskError(Exception):
-    """A model takes no mask by which tokens read only some of the tokens before them."""
-
-
-@contextmanager
-def _masks_refused() -> Iterator[None]:
-    """Turn any error into `MaskError`: models raise whatever they like when they are given what they do not know."""
-    try:
-        yield
-    except Exception as error:
-        raise MaskError from error
-
-
-def _in_order(calls: Iterable[Arguments]) -> Callable[[int, int], Arguments]:
-    """Make a function of a batch's shape that returns the arguments of one call after another."""
-    following = iter(calls)
-    return lambda *_: next(following)
 
 
 class StreamedModel:
@@ -73,40 +52,25 @@ class StreamedModel:
         check_tensors(self.skeleton, self.source, with_head=True)
         self.skeleton.fill_outside(self.source.read_parameters(self.skeleton.outside_names_and_head))
 
-    def hidden_states(self, batches: Sequence[Batch], progress: Progress) -> list[Tensor]:
+    def hidden_states(self, batches: Sequence[Tensor], progress: Progress) -> list[Tensor]:
         """The last decoder layer's output for each batch.
 
         Of shape (sequences, tokens, hidden), in the compute dtype, in host memory.
 
         Args:
-            batches: sequences, each batch of a shape of its own.
+            batches: token ids, int64, (sequences, tokens), each batch of a shape of its own.
             progress: told of each layer.
-
-        Raises:
-            MaskError: the model takes no mask, and a batch has one.
         """
         skeleton = self.skeleton
         states: list[Tensor] = []
-        masked: dict[int, list[Arguments]] = {}  # by number of the batch: keyword arguments of each layer's call
-        for number, batch in enumerate(batches):
-            if batch.positions is None or batch.visible is None:
-                skeleton.embed(batch.tokens, lambda hidden: states.append(hidden.cpu()))
-            else:
-                with _masks_refused():
-                    hidden, masked[number] = skeleton.embed_masked(batch.tokens, batch.positions, batch.visible)
-                states.append(hidden.cpu())
+        for tokens in batches:
+            skeleton.embed(tokens, lambda hidden: states.append(hidden.cpu()))
         progress.start(f"evaluating {self.source.model}", len(skeleton.layers))
         for index in range(len(skeleton.layers)):
             weights = self.source.read_locations(layer_locations(skeleton, self.source, index))
-            module = skeleton.load_layer(index, weights)
-            calls = [
-                masked[number][index] if number in masked else skeleton.arguments(index, *hidden.shape[:2])
-                for number, hidden in enumerate(states)
-            ]
-            layer = DecoderLayer(module, (), _in_order(calls))
+            layer = DecoderLayer(skeleton.load_layer(index, weights), (), partial(skeleton.arguments, index))
             for number, hidden in enumerate(states):
-                with _masks_refused() if number in masked else nullcontext():
-                    states[number] = layer.output(hidden.to(skeleton.device)).cpu()
+                states[number] = layer.output(hidden.to(skeleton.device)).cpu()
             skeleton.tails[index] = layer.tail
             skeleton.release_layer(index)
             progress.advance("")
@@ -123,10 +87,10 @@ class StreamedModel:
 
     @torch.no_grad()
     def logits(self, hidden: Tensor, where: str) -> Tensor:
-        """Logits of some positions, float32, (tokens, vocabulary).
+        """Logits of some positions, float32, (positions, vocabulary).
 
         Args:
-            hidden: last hidden states, (tokens, hidden).
+            hidden: last hidden states, (positions, hidden).
             where: name of the positions, for the message.
 
         Raises:

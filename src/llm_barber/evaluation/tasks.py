@@ -7,24 +7,46 @@ import hashlib
 import math
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Self
+
+from pydantic import BaseModel, Field, NonNegativeInt, ValidationError, model_validator
 
 from llm_barber.checkpoint.regular import check_regular
-from llm_barber.checkpoint.untrusted import parse_json
 from llm_barber.errors import TaskError
 from llm_barber.evaluation.result import TaskComparison, TaskResult
 
 # The seven tasks of arXiv 2408.10631, by lm-eval's names.
 PAPER_TASKS = ("boolq", "rte", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa")
 PAPER = "paper"
-# Fields of a line of a local file: a question with choices, or a sentence with two beginnings (winogrande).
-QUESTION_FIELDS = {"query": str, "choices": list, "gold": int}
-BEGINNING_FIELDS = {"context_options": list, "continuation": str, "gold": int}
 # Plain names of tasks whose choices go on with the sentence; in the other tasks they answer a question.
 CONTINUED = ("hellaswag",)
+ONE_A_TASK = "give a folder with one .jsonl file a task"
+Text = Annotated[str, Field(min_length=1)]
+Choices = Annotated[list[Text], Field(min_length=2)]
+
+
+class Question(BaseModel):
+    """A line of a local file: a question with choices; `gold` is the right one's number, from 0."""
+
+    query: Text
+    choices: Choices
+    gold: NonNegativeInt
+
+    @model_validator(mode="after")
+    def _gold_is_a_choice(self) -> Self:
+        if self.gold >= len(self.choices):
+            raise ValueError(f"gold is {self.gold}, with {len(self.choices)} choices")
+        return self
+
+
+class Beginnings(Question):
+    """A line of a local file: a sentence with two beginnings or more, as winogrande has it."""
+
+    query: Text = Field(alias="continuation")
+    choices: Choices = Field(alias="context_options")
 
 
 @dataclass(frozen=True)
@@ -35,14 +57,6 @@ class Task:
     examples: list[dict[str, Any]] | None = None
     file: Path | None = None
     sha256: str | None = None
-
-
-@dataclass(frozen=True)
-class TaskRun:
-    """One model's results, and, by task and metric, the value of every example in order."""
-
-    results: tuple[TaskResult, ...]
-    by_example: dict[tuple[str, str], list[float]] = field(default_factory=dict)
 
 
 def find_tasks(names: Sequence[str], folder: Path | None, limit: int | None) -> tuple[Task, ...]:
@@ -62,8 +76,14 @@ def find_tasks(names: Sequence[str], folder: Path | None, limit: int | None) -> 
     if folder is None:
         return tuple(Task(name) for name in selected)
     if not folder.is_dir():
-        raise TaskError(f"there is no folder {folder}", "give a folder with one .jsonl file a task")
-    files = _files(folder)
+        raise TaskError(f"there is no folder {folder}", ONE_A_TASK)
+    files: dict[str, Path] = {}
+    for path in sorted(folder.glob("*.jsonl")):
+        other = files.setdefault(_plain(path.stem), path)
+        if other is not path:
+            raise TaskError(f"{other} and {path.name} are files of one task", "remove or rename one of them")
+    if not files:
+        raise TaskError(f"no .jsonl file in {folder}", ONE_A_TASK)
     missing = [name for name in selected if _plain(name) not in files]
     if missing:
         raise TaskError(
@@ -82,55 +102,23 @@ def lm_eval_version() -> str:
         return "lm-eval"
 
 
-def _files(folder: Path) -> dict[str, Path]:
-    """The .jsonl files of a folder, by the plain names of their tasks."""
-    files: dict[str, Path] = {}
-    for path in sorted(folder.glob("*.jsonl")):
-        other = files.setdefault(_plain(path.stem), path)
-        if other is not path:
-            raise TaskError(f"{other} and {path.name} are files of one task", "remove or rename one of them")
-    if not files:
-        raise TaskError(f"no .jsonl file in {folder}", "give a folder with one .jsonl file a task")
-    return files
-
-
-def compare_tasks(run: TaskRun, other: TaskRun | None) -> tuple[TaskResult, ...]:
-    """Add the difference from the other model to each result of a run; None: the results as they are.
+def compare_tasks(results: Sequence[TaskResult], others: Sequence[TaskResult]) -> tuple[TaskResult, ...]:
+    """Add the difference from the other model's results, on the same examples, to each result of a model.
 
     The standard error is that of the mean of the examples' differences: models that fail on the same examples differ
-    by less than their own standard errors say.
-
-    Raises:
-        TaskError: the runs are on different examples.
+    by less than their own standard errors say. Of a metric that is a probability it is that of independent samples.
     """
-    if other is None:
-        return run.results
-    other_results = {(result.task, result.metric): result for result in other.results}
-    results = []
-    for result in run.results:
-        key = (result.task, result.metric)
-        if len(other.by_example.get(key, ())) != result.examples:
-            raise TaskError(
-                f"task {result.task} has other examples than when the model to compare with was measured",
-                "measure that model again: with compare, remove the dense-….json files of its cells",
-            )
-        differences = [
-            value - other_value for value, other_value in zip(run.by_example[key], other.by_example[key], strict=True)
-        ]
-        mean, error = mean_and_standard_error(differences)
-        comparison = TaskComparison(value=other_results[key].value, difference=mean, standard_error=error)
-        results.append(result.model_copy(update={"against": comparison}))
-    return tuple(results)
-
-
-def earlier_run(results: Sequence[TaskResult]) -> TaskRun | None:
-    """The run that gave these results; None: there are none, or one lacks the answer to each example."""
-    by_example = {
-        (result.task, result.metric): [float(digit) for digit in result.right] for result in results if result.right
-    }
-    if not results or len(by_example) < len(results):
-        return None
-    return TaskRun(tuple(result.model_copy(update={"against": None}) for result in results), by_example)
+    by_name = {(other.task, other.metric): other for other in others}
+    compared = []
+    for result in results:
+        other = by_name[result.task, result.metric]
+        difference, error = result.value - other.value, math.hypot(result.standard_error, other.standard_error)
+        if result.right is not None and other.right is not None:
+            pairs = zip(result.right, other.right, strict=True)
+            difference, error = mean_and_standard_error([int(digit) - int(before) for digit, before in pairs])
+        comparison = TaskComparison(value=other.value, difference=difference, standard_error=error)
+        compared.append(result.model_copy(update={"against": comparison}))
+    return tuple(compared)
 
 
 def mean_and_standard_error(values: Sequence[float]) -> tuple[float, float]:
@@ -149,54 +137,26 @@ def _plain(name: str) -> str:
 
 
 def _read_task(path: Path, limit: int | None) -> Task:
-    examples: list[dict[str, Any]] = []
-    fields: dict[str, type] | None = None
     check_regular(path, TaskError)
     try:
         content = path.read_bytes()
         lines = content.decode("utf-8-sig").split("\n")  # a text may hold other line ends
     except (OSError, UnicodeDecodeError) as error:
         raise TaskError(f"{path} cannot be read: {error}", "it must be UTF-8 JSON lines") from error
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            example = parse_json(line)
-        except ValueError as error:
-            raise TaskError(f"{path} line {number} is not JSON: {error}", "each line is one JSON object") from error
-        if fields is None:
-            fields = BEGINNING_FIELDS if isinstance(example, dict) and "continuation" in example else QUESTION_FIELDS
-        problem = _problem(example, fields)
-        if problem:
-            raise TaskError(
-                f"{path} line {number}: {problem}",
-                f"each line has {', '.join(fields)}; gold is the right one's number, from 0",
-            )
-        examples.append({name: example[name] for name in fields})
-        if limit is not None and len(examples) == limit:
-            break
-    if len(examples) < 2:
+    filled = [(number, line) for number, line in enumerate(lines, 1) if line.strip()][:limit]
+    if len(filled) < 2:
         raise TaskError(f"{path} has fewer than two examples", "each line is one JSON object")
+    kind = Beginnings if '"continuation"' in filled[0][1] else Question
+    examples = []
+    for number, line in filled:
+        try:
+            examples.append(kind.model_validate_json(line, strict=True).model_dump(by_alias=True))
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(map(str, first["loc"]))
+            raise TaskError(
+                f"{path} line {number}: {where}{': ' * bool(where)}{first['msg']}",
+                "each line has query, choices, gold or context_options, continuation, gold; gold is the right one's "
+                "number, from 0",
+            ) from error
     return Task(path.stem, examples, path, hashlib.sha256(content).hexdigest())
-
-
-def _problem(example: Any, fields: dict[str, type]) -> str | None:
-    """Describe the first error of an example; None: it has none."""
-    if not isinstance(example, dict):
-        return "is not an object"
-    for name, kind in fields.items():
-        if name not in example:
-            return f"has no {name}"
-        value = example[name]
-        if not isinstance(value, kind) or isinstance(value, bool):
-            return f"{name} is {type(value).__name__}, not {kind.__name__}"
-        if isinstance(value, list) and (
-            len(value) < 2 or not all(isinstance(choice, str) and choice for choice in value)
-        ):
-            return f"{name} is not a list of two or more texts"
-        if kind is str and not value:
-            return f"{name} is empty"
-    choices = next(example[name] for name, kind in fields.items() if kind is list)
-    if not 0 <= example["gold"] < len(choices):
-        return f"gold is {example['gold']}, with {len(choices)} choices"
-    return None

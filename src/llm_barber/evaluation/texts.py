@@ -49,9 +49,11 @@ def check_text(name: str) -> None:
     """
     if name.endswith(TOKEN_FILE_SUFFIX):
         raise CalibrationError(f"{name} holds tokens, not text", "give a .txt, .jsonl or .parquet file")
-    if name not in KNOWN_TEXTS:
-        check_regular(Path(expanduser(name)), CalibrationError)
-    if name not in KNOWN_TEXTS and not Path(expanduser(name)).is_file():
+    if name in KNOWN_TEXTS:
+        return
+    path = Path(expanduser(name))
+    check_regular(path, CalibrationError)
+    if not path.is_file():
         raise CalibrationError(
             f"no such text: {name}", f"known are {', '.join(KNOWN_TEXTS)}, or a .txt, .jsonl or .parquet file"
         )

@@ -193,26 +193,6 @@ class Skeleton:
                     raise depends_on_tokens(self.model, name)
         self._arguments[len(tokens), tokens.shape[1]] = arguments
 
-    def embed_masked(self, tokens: Tensor, positions: Tensor, visible: Tensor) -> tuple[Tensor, list[Arguments]]:
-        """Embed tokens that read only some of the tokens before them.
-
-        Not all models heed such a mask: compare the results.
-
-        Args:
-            tokens: int64, (sequences, tokens).
-            positions: of the tokens, int64, (sequences, tokens).
-            visible: True where a token (row) reads another (column), (sequences, tokens, tokens).
-
-        Returns:
-            The hidden states, (sequences, tokens, hidden), and the keyword arguments of each decoder layer's call.
-
-        Raises:
-            Exception: whatever a model raises that takes no such mask.
-        """
-        mask = torch.zeros(visible.shape, dtype=self.dtype).masked_fill(~visible, torch.finfo(self.dtype).min)
-        inputs = {"attention_mask": mask.unsqueeze(1).to(self.device), "position_ids": positions.to(self.device)}
-        return self._capture(tokens.to(self.device), **inputs)
-
     def _capture(self, tokens: Tensor, **inputs: Tensor) -> tuple[Tensor, list[Arguments]]:
         """Call `capture`, with layers stepped over as was found when it was called first."""
         if self.stepping is None:

@@ -8,10 +8,11 @@ from markupsafe import Markup
 
 from llm_barber.evaluation.result import Evaluation
 from llm_barber.page.environment import environment, model_name, percent
-from llm_barber.page.figures import drawable, error_panel, heat_map, layer_bars, log_limits
+from llm_barber.page.figures import BlockErrors, drawable, error_panels, heat_map, picture
 from llm_barber.record.layers import BlockResult, LinearResult
 from llm_barber.record.report import RunReport
 
+Shares = Mapping[tuple[str, int], float]
 STAGES = {
     "embed": "embedding, copying the rest",
     "reorder": "finding an order of channels",
@@ -27,6 +28,9 @@ def run_page(report: RunReport, evaluation: Evaluation | None = None) -> str:
 
     The same record and evaluation give the same text.
     """
+    sparsities, swaps = (_by_linear_and_layer(report, count) for count in (_pruned, _grown))
+    low, high = min(sparsities.values()), max(sparsities.values())
+    uneven = percent(low) != percent(high)
     return (
         environment()
         .get_template("run.html.j2")
@@ -34,49 +38,44 @@ def run_page(report: RunReport, evaluation: Evaluation | None = None) -> str:
             report=report,
             evaluation=evaluation,
             name=model_name(report.model),
-            blocks=_blocks(report),
+            errors=_errors(report),
             tuning=_tuning(report),
-            swaps=_swaps(report),
-            sparsities=_sparsities(report),
+            swaps=swaps,
+            swaps_figure=_map(report, swaps, "weights that came back", True) if report.swapped else None,
+            sparsities=sparsities,
+            sparsities_figure=_map(report, sparsities, "sparsity", False) if uneven else None,
+            low=low,
+            high=high,
             linears=list(dict.fromkeys(linear.kind for linear in report.linears)),
-            totals=[(total, _dropped(report, total.name)) for total in report.by_linear()],
+            totals=report.by_linear(),
             stages=_stages(report.seconds),
-            layer_seconds=_layer_seconds(report),
         )
     )
 
 
-def _blocks(report: RunReport) -> list[dict[str, Any]]:
-    """Errors of each kind of block by layer, in numbers and as a figure; only kinds that were measured."""
+def _errors(report: RunReport) -> dict[str, Any]:
+    """Errors of each kind of block by layer, and their figure; only kinds that were measured."""
     measured: dict[str, list[tuple[int, BlockResult]]] = {}
     for layer in report.layers:
         for block in layer.blocks:
-            if block.error_before is not None or block.error_after is not None:
+            if block.error_before is not None:
                 measured.setdefault(block.name, []).append((layer.index, block))
-    errors = [error for rows in measured.values() for _, block in rows for error in _errors(block)]
-    limits, changes = log_limits(errors), report.error_changes()
-    return [
-        {
-            "name": name,
-            "rows": rows,
-            "changes": changes.get(name),
-            "hidden": sum(not drawable(error) for _, block in rows for error in _errors(block)),
-            "figure": limits
-            and error_panel(
-                f"error-{position}",
-                name,
-                [index for index, _ in rows],
-                [block.error_before for _, block in rows],
-                [block.error_after for _, block in rows],
-                limits,
-            ),
-        }
-        for position, (name, rows) in enumerate(measured.items())
+    panels = [
+        BlockErrors(
+            name,
+            [index for index, _ in rows],
+            [block.error_before for _, block in rows],
+            [block.error_after for _, block in rows],
+        )
+        for name, rows in measured.items()
     ]
-
-
-def _errors(block: BlockResult) -> tuple[float | None, float | None]:
-    return block.error_before, block.error_after
+    figure = error_panels(panels)
+    return {
+        "blocks": measured,
+        "changes": report.error_changes(),
+        "hidden": sum(not drawable(error) for panel in panels for error in (*panel.before, *panel.after)),
+        "figure": figure and picture(figure, "reconstruction error before and after, by block and decoder layer"),
+    }
 
 
 def _tuning(report: RunReport) -> dict[str, Any] | None:
@@ -96,52 +95,39 @@ def _tuning(report: RunReport) -> dict[str, Any] | None:
         if layer.held_out[0]
     }
     layers_by_pass = Counter(layer.kept_pass or 0 for layer in layers)
-    label = "share of the distance on held-out windows that is gone, by pass and decoder layer"
+    gained = any(shares.values())
     return {
         "layers": layers,
         "passes": names,
         "concentrated": [layer for layer in layers if layer.concentration is not None],
         "layers_by_pass": sorted(layers_by_pass.items(), reverse=True),
-        "figure": _map("tuning", report, shares, label, True) if any(shares.values()) else None,
+        "figure": _map(report, shares, "distance on held-out windows that is gone", True) if gained else None,
     }
 
 
-def _swaps(report: RunReport) -> dict[str, Any]:
-    """Share of each linear's weights that came back, and the figure, if any did."""
-    shares = _by_linear_and_layer(report, lambda linear: linear.grown)
-    label = "share of weights that came back, by linear and decoder layer"
-    return {"shares": shares, "figure": _map("swaps", report, shares, label, True) if report.swapped else None}
+def _pruned(linear: LinearResult) -> int:
+    return linear.pruned
 
 
-def _sparsities(report: RunReport) -> dict[str, Any]:
-    """Sparsity of each linear, the extremes, and the figure, unless all sparsities are equal to 0.01 %."""
-    shares = _by_linear_and_layer(report, lambda linear: linear.pruned)
-    low, high = min(shares.values()), max(shares.values())
-    label = "sparsity by linear and decoder layer"
-    figure = _map("sparsity", report, shares, label, False) if percent(low) != percent(high) else None
-    return {"shares": shares, "low": low, "high": high, "figure": figure}
+def _grown(linear: LinearResult) -> int:
+    return linear.grown
 
 
-def _by_linear_and_layer(report: RunReport, count: Callable[[LinearResult], int]) -> dict[tuple[str, int], float]:
+def _by_linear_and_layer(report: RunReport, count: Callable[[LinearResult], int]) -> Shares:
     """Share of each linear's weights that `count` counts, by (linear, layer); all experts together."""
-    counted: dict[tuple[str, int], int] = {}
-    weights: dict[tuple[str, int], int] = {}
+    counted: Counter[tuple[str, int]] = Counter()
+    weights: Counter[tuple[str, int]] = Counter()
     for layer in report.layers:
         for linear in layer.linears:
-            key = (linear.kind, layer.index)
-            counted[key] = counted.get(key, 0) + count(linear)
-            weights[key] = weights.get(key, 0) + linear.weights
-    return {key: counted[key] / weights[key] for key in counted}
+            counted[linear.kind, layer.index] += count(linear)
+            weights[linear.kind, layer.index] += linear.weights
+    return {key: counted[key] / weights[key] for key in weights}
 
 
-def _map(name: str, report: RunReport, shares: Mapping[tuple[str, int], float], label: str, from_zero: bool) -> Markup:
-    rows = list(dict.fromkeys(linear for linear, _ in shares))
-    layers = [layer.index for layer in report.layers]
-    return heat_map(name, rows, layers, shares, label, from_zero)
-
-
-def _dropped(report: RunReport, name: str) -> int:
-    return sum(linear.dropped for linear in report.linears if linear.kind == name)
+def _map(report: RunReport, shares: Shares, label: str, from_zero: bool) -> Markup:
+    rows = list(dict.fromkeys(row for row, _ in shares))
+    figure = heat_map(rows, [layer.index for layer in report.layers], shares, from_zero)
+    return picture(figure, f"{label}, by row and decoder layer")
 
 
 def _stages(seconds: Mapping[str, float]) -> list[tuple[str, str, float, float]]:
@@ -157,12 +143,3 @@ def _stages(seconds: Mapping[str, float]) -> list[tuple[str, str, float, float]]
         rows.append(("other", "between the stages", rest))
     rows.sort(key=lambda row: -row[2])
     return [(*row, row[2] / total if total else 0.0) for row in rows]
-
-
-def _layer_seconds(report: RunReport) -> Markup | None:
-    """Figure of the seconds of each layer; None for a single layer, whose number says as much."""
-    if len(report.layers) == 1:
-        return None
-    layers = [layer.index for layer in report.layers]
-    seconds = [layer.seconds for layer in report.layers]
-    return layer_bars("seconds", layers, seconds, "seconds", "seconds by decoder layer")

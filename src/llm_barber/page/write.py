@@ -1,12 +1,13 @@
-"""Write the page of a finished run into its folder, and the evaluation that the page shows."""
+"""Write the page of a finished run into its folder, and keep the evaluation that the page shows."""
 
 import os
 from pathlib import Path
 
 from llm_barber.checkpoint.companions import EVALUATION_NAME, PAGE_NAME, RECORD_NAME
+from llm_barber.checkpoint.durable import write_durably
 from llm_barber.checkpoint.regular import check_regular
+from llm_barber.checkpoint.untrusted import read_result
 from llm_barber.errors import ModelError, OutputError
-from llm_barber.evaluation.record import keep_evaluation, read_evaluation
 from llm_barber.evaluation.result import Evaluation
 from llm_barber.page.run_page import run_page
 from llm_barber.progress import Progress
@@ -38,7 +39,7 @@ def write_page(folder: Path, output: Path | None = None) -> Path:
 
     Raises:
         ModelError: the folder has no record, or a damaged one.
-        OutputError: the page cannot be written.
+        OutputError: the page cannot be written, or would replace a folder, a device or a file of another kind.
     """
     if not folder.is_dir():
         raise ModelError(f"{folder} is not a folder", "give a folder that llm-barber prune or rebuild wrote")
@@ -48,42 +49,57 @@ def write_page(folder: Path, output: Path | None = None) -> Path:
             f"{folder} has no record (barber.json)", "give a folder that llm-barber prune or rebuild wrote"
         )
     path = output or folder / PAGE_NAME
-    _check_replaceable(path)
-    temporary = path.with_name(f"{path.name}.tmp")
-    try:
-        temporary.write_text(run_page(report, read_evaluation(folder)), encoding="utf-8")
-        os.replace(temporary, path)
-    except OSError as error:
-        raise OutputError(f"cannot write {path}: {error.strerror}", "choose another file with --output") from error
-    return path
-
-
-def _check_replaceable(path: Path) -> None:
-    """Refuse to replace anything but a page of this program.
-
-    Raises:
-        OutputError: the path is a folder, a device or a file of another kind.
-    """
     another = "choose another file with --output"
     try:
         check_regular(path, OutputError)
         if path.exists() and PAGE_MARK not in path.read_bytes()[:PAGE_BEGINNING]:
             raise OutputError(f"{path} is not a page of this program, and would be replaced", another)
+        write_durably(path, run_page(report, read_evaluation(folder)).encode())
     except OSError as error:
         raise OutputError(f"cannot write {path}: {error.strerror}", another) from error
+    return path
+
+
+def read_evaluation(folder: Path) -> Evaluation | None:
+    """The evaluation stored in a folder; None: there is none.
+
+    Raises:
+        ModelError: it is damaged.
+    """
+    path = folder / EVALUATION_NAME
+    if not path.exists():
+        return None
+    try:
+        return read_result(path, Evaluation)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{path} is damaged", "remove it, and evaluate again") from error
 
 
 def keep_with_model(evaluation: Evaluation, progress: Progress) -> None:
     """Store an evaluation beside the record of its model, and show it on the page if the run has one.
 
-    Nothing is written for a model without a record.
+    Results of an earlier evaluation that was measured alike stay, except those of the same texts and tasks. Nothing is
+    written for a model without a record.
     """
     folder = Path(os.path.expanduser(evaluation.model))
     if not (folder / RECORD_NAME).is_file():
         return
     try:
-        if keep_evaluation(folder, evaluation):
-            progress.warn(f"the evaluation kept in {folder} before was measured in another way, and is replaced")
+        earlier = read_evaluation(folder)
+    except ModelError:
+        earlier = None
+    alike = earlier is not None and all(
+        getattr(earlier, name) == getattr(evaluation, name) for name in ("against", "device", "dtype", "versions")
+    )
+    if earlier is not None and alike:
+        texts = {result.text: result for result in (*earlier.texts, *evaluation.texts)}
+        tasks = {(result.task, result.metric): result for result in (*earlier.tasks, *evaluation.tasks)}
+        joined = {"texts": tuple(texts.values()), "tasks": tuple(tasks.values())}
+        evaluation = evaluation.model_copy(update=joined)
+    elif earlier is not None:
+        progress.warn(f"the evaluation kept in {folder} before was measured in another way, and is replaced")
+    try:
+        write_durably(folder / EVALUATION_NAME, f"{evaluation.model_dump_json(indent=1)}\n".encode())
     except OSError as error:
         progress.warn(f"the evaluation could not be kept in {folder}: {error}")
         return

@@ -1,8 +1,6 @@
 """The fine-tuning of a pruned model, for its record."""
 
-from typing import Any
-
-from pydantic import Field, SerializerFunctionWrapHandler, model_serializer
+from pydantic import Field
 
 from llm_barber.record.layers import Result
 
@@ -21,11 +19,4 @@ class FineTuning(Result):
     tensors: tuple[str, ...] = Field(min_length=1)
     versions: dict[str, str]
     others_are_dense: bool = False
-
-    @model_serializer(mode="wrap")
-    def _without_doubt(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Leave the note out where it is False: older records stay readable."""
-        content: dict[str, Any] = serialize(self)
-        if not self.others_are_dense:
-            content.pop("others_are_dense", None)
-        return content
+    later_fields = ("others_are_dense",)

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, ClassVar, Self
 
 from pydantic import (
     BaseModel,
@@ -27,9 +27,22 @@ Unsure = Annotated[
 
 
 class Result(BaseModel):
-    """A part of the record; frozen, and unknown fields are ignored."""
+    """A part of the record; frozen, and unknown fields are ignored.
+
+    Fields of `later_fields` are left out where they have their default: records that were written before the fields
+    existed stay readable.
+    """
 
     model_config = ConfigDict(frozen=True, extra="ignore")
+    later_fields: ClassVar[tuple[str, ...]] = ()
+
+    @model_serializer(mode="wrap")
+    def _without_defaults(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        content: dict[str, Any] = serialize(self)
+        for name in self.later_fields:
+            if getattr(self, name) == type(self).model_fields[name].default:
+                content.pop(name, None)
+        return content
 
 
 class LinearResult(Result):
@@ -136,14 +149,7 @@ class LayerResult(Result):
     held_out: tuple[Unsure, ...] = ()
     concentration: Concentration | None = None
     blocks: tuple[BlockResult, ...]
-
-    @model_serializer(mode="wrap")
-    def _without_missing_concentration(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Leave the key out where nothing was measured: records that were written before it existed stay readable."""
-        content: dict[str, Any] = serialize(self)
-        if self.concentration is None:
-            content.pop("concentration", None)
-        return content
+    later_fields = ("concentration",)
 
     @property
     def kept_pass(self) -> int | None:
@@ -183,6 +189,7 @@ class LinearTotals(Result):
     pruned: int
     beneficial_pairs: int
     grown: int
+    dropped: int
 
     @property
     def sparsity(self) -> float:

@@ -4,9 +4,9 @@ import json
 from collections.abc import Iterable
 from enum import StrEnum
 from statistics import fmean
-from typing import Any, Self
+from typing import Any
 
-from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
+from pydantic import Field
 
 from llm_barber.checkpoint.channel_order import ORDER_NAME
 from llm_barber.checkpoint.digests import with_digest
@@ -15,8 +15,6 @@ from llm_barber.record.layers import ErrorChange, LayerResult, LinearResult, Lin
 from llm_barber.record.rounding import Rounding
 
 RECORD_VERSION = 2
-# Types of the settings that a page shows, where they are set.
-SHOWN = {"include": list, "exclude": list, "skip_layers": list, "blocks": list, "sparsities": dict, "format": str}
 
 
 class KeptWeights(StrEnum):
@@ -105,26 +103,7 @@ class RunReport(Result):
     pruned_source: SourceFiles | None = None
     rounding: Rounding | None = None
     fine_tuning: FineTuning | None = None
-
-    @model_serializer(mode="wrap")
-    def _without_missing(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Leave keys out that say nothing: records that were written before they existed stay readable."""
-        content: dict[str, Any] = serialize(self)
-        for name in ("rounding", "fine_tuning"):
-            if getattr(self, name) is None:
-                content.pop(name, None)
-        return content
-
-    @model_validator(mode="after")
-    def _can_be_shown(self) -> Self:
-        for name, kind in SHOWN.items():
-            if self.settings.get(name) is not None and not isinstance(self.settings[name], kind):
-                raise ValueError(f"settings: {name} is not of type {kind.__name__}")
-        if self.granularity is not None and self.rebuild_ratio is None:
-            raise ValueError("a granularity without a rebuild ratio")
-        if "total" not in self.seconds or "llm-barber" not in self.versions:
-            raise ValueError("seconds lack the total, or versions lack llm-barber")
-        return self
+    later_fields = ("rounding", "fine_tuning")
 
     @property
     def pruned(self) -> int:
@@ -257,6 +236,7 @@ class RunReport(Result):
                 pruned=sum(linear.pruned for linear in group),
                 beneficial_pairs=sum(linear.beneficial_pairs for linear in group),
                 grown=sum(linear.grown for linear in group),
+                dropped=sum(linear.dropped for linear in group),
             )
             for name, group in groups.items()
         ]

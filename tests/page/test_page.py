@@ -1,5 +1,6 @@
 """The page of a run: the report's numbers, in one file that needs no other, without overflow in a browser."""
 
+import os
 import re
 import subprocess
 import sys
@@ -10,13 +11,17 @@ from typing import Any
 import matplotlib
 import pytest
 
+from llm_barber import EvaluateConfig, PruneConfig, evaluate, inspect, prune
+from llm_barber.errors import ModelError, OutputError
 from llm_barber.evaluation.result import Evaluation
 from llm_barber.page.environment import SPACE, duration, memory, model_name, number, percent, with_error
-from llm_barber.page.figures import CSS_COLOURS, log_limits
 from llm_barber.page.run_page import run_page
+from llm_barber.page.write import keep_with_model, read_evaluation, write_page
 from llm_barber.record.layers import BlockResult, LayerResult, LinearResult
 from llm_barber.record.report import RunReport
-from tests.page.browser import measure, needs_browser
+from llm_barber.settings.inspect import InspectConfig
+from tests.conftest import Listener, change_json
+from tests.helpers.text import add_tokenizer
 
 
 def make_linear(name: str, layer: int, rebuilt: bool, equal: bool) -> LinearResult:
@@ -134,13 +139,13 @@ def test_tables_say_what_the_report_says() -> None:
         "self_attn.q_proj", "4,000", "2,012", f"50.30{SPACE}%", "1,400", "80", "66", f"2.000{SPACE}%",
     ]  # fmt: skip
     errors = table(page, "Reconstruction error by layer and block")
-    assert errors[1] == ["0", "attention", "0.01235", "0.009876", f"−20.0{SPACE}%"]
+    assert errors[1] == ["0", "attention", "0.01235", "0.009876", f"-20.0{SPACE}%"]
     assert [row[:2] for row in errors[1:]] == [["0", "attention"], ["1", "attention"], ["0", "mlp"], ["1", "mlp"]]
     stages = table(page, "Seconds by stage")
     assert [row[0] for row in stages[1:]] == ["layers", "embed", "read", "write", "other", "total"]
     assert stages[1][3:] == ["3.000", f"75.00{SPACE}%"]
     assert stages[5][3:] == ["0.1000", f"2.50{SPACE}%"]
-    assert [row[1] for row in table(page, "Seconds by layer")[1:]] == ["1.500", "2.500"]
+    assert [row[2] for row in table(page, "Seconds by layer")[1:]] == ["1.500", "2.500"]
 
 
 def test_settings_calibration_and_files() -> None:
@@ -165,7 +170,7 @@ def test_evaluation_with_everything_that_it_depends_on() -> None:
         ["wikitext2", "8.250", "10.31", "1.250", "0.1875", f"81.25{SPACE}%"]
     ]
     assert table(page, "Tasks")[1:] == [
-        ["arc", "acc_norm", f"46.79 ± 1.46{SPACE}%", f"50.00{SPACE}%", f"−3.21 ± 0.99{SPACE}%", "1,172", "25"],
+        ["arc", "acc_norm", f"46.79 ± 1.46{SPACE}%", f"50.00{SPACE}%", f"-3.21 ± 0.99{SPACE}%", "1,172", "25"],
         ["piqa", "acc_norm", f"75.00 ± 1.00{SPACE}%", "–", "–", "1,172", "25"],
     ]
     assert table(page, "Sources of the tasks")[1:] == [
@@ -174,41 +179,23 @@ def test_evaluation_with_everything_that_it_depends_on() -> None:
     ]
 
 
-def test_evaluation_of_tasks_alone() -> None:
-    evaluation = make_evaluation().model_copy(update={"texts": (), "against": None})
-    page = run_page(make_report(), evaluation)
-    assert "Perplexity" not in page
-    assert len(table(page, "Tasks")) == 3
-
-
-def test_run_without_rebuild_says_so() -> None:
+def test_runs_that_rebuilt_or_swapped_nothing_say_so() -> None:
     page = run_page(make_report(rebuilt=False, equal=True))
     assert "Nothing was rebuilt or refined: the mask is that of magnitude." in page
     assert "Nothing was rebuilt or refined, so nothing was swapped." in page
     assert f"Every linear of every layer has the same sparsity, 50.00{SPACE}%." in page
     assert cards(page)["Swapped"] == ("–", "nothing was rebuilt or refined")
-    assert page.count("<svg") == 1  # the seconds by layer
+    assert page.count("<img") == 0
     assert "came back" not in page
     assert 'id="evaluation"' not in page
-
-
-def test_rebuild_that_swapped_nothing() -> None:
-    report = make_report()
-    for layer in report.layers:  # frozen, all the way down
-        for linear in layer.linears:
-            object.__setattr__(linear, "grown", 0)
-    page = run_page(report)
-    assert "Nothing was swapped: in comparison groups" in page
-    assert page.count("<svg") == 4  # two blocks, sparsity, seconds
-
-
-def test_errors_that_a_log_axis_cannot_show_are_counted() -> None:
-    report = make_report()
+    report = make_report(depth=1)
+    for linear in report.linears:  # frozen, all the way down
+        object.__setattr__(linear, "grown", 0)
     object.__setattr__(report.layers[0].blocks[0], "error_after", 0.0)
     page = run_page(report)
+    assert "Nothing was swapped: in comparison groups" in page
     assert "1 error is zero or not recorded" in page
-    assert table(page, "Reconstruction error by layer and block")[1][3:] == ["0.000", f"−100.0{SPACE}%"]
-    assert log_limits([0.0, None, float("nan")]) is None
+    assert table(page, "Reconstruction error by layer and block")[1][3:] == ["0.000", f"-100.0{SPACE}%"]
 
 
 def test_what_tuning_gained() -> None:
@@ -221,79 +208,33 @@ def test_what_tuning_gained() -> None:
     assert table(page, "Distance on held-out windows by layer and pass")[1:] == [
         ["0", "2.000", "1.000", "1.500", "2"], ["2", "4.000", "5.000", "–", "none"],
     ]  # fmt: skip
-    assert page.count("<svg") == 6
+    assert page.count("<img") == 4
     for layer in report.layers:
         object.__setattr__(layer, "held_out", (1.0, 2.0))
-    assert run_page(report).count("<svg") == 5  # nothing was gained: no figure
-    assert "none in 3 layers" in run_page(report)
+    assert run_page(report).count("<img") == 3  # nothing was gained: no figure
 
 
-def test_one_layer() -> None:
-    page = run_page(make_report(depth=1))
-    assert f"The model has one decoder layer, which took 1.500{SPACE}s." in page
-    assert "It fell in\n1 of 1 layer." in page
-
-
-def test_deep_model() -> None:
-    page = run_page(make_report(depth=126))
-    assert len(table(page, "Share of weights that came back, by layer and linear")) == 127
-    assert len(page) < 1e6
-
-
-def test_names_are_escaped() -> None:
+def test_names_are_escaped_and_the_page_needs_no_other_file() -> None:
     attack = '/models/<script>alert("1")</script>'
     linear = LinearResult(name='<img src=x onerror="1">$x$', shape=(2, 2), pruned=2, zeros=2, grown=1, dropped=1)
-    block = BlockResult(name='"><b>', error_before=1.0, error_after=0.5, linears=(linear,))
+    block = BlockResult(name='"><b>$', error_before=1.0, error_after=0.5, linears=(linear,))
     layer = LayerResult(index=0, seconds=1.0, blocks=(block,))
     report = make_report(model=attack, method=attack, settings={"model": attack}, layers=(layer,))
     page = run_page(report, make_evaluation().model_copy(update={"against": attack}))
-    assert "<script" not in page
-    assert "<img" not in page
-    assert "<b>" not in page
     assert cards(page)["Model"][0] == "/models/&lt;script&gt;alert(&#34;1&#34;)&lt;/script&gt;"
-
-
-def test_the_page_needs_no_other_file() -> None:
-    page = run_page(make_report(), make_evaluation())
-    assert not re.findall(r"<(?:script|link(?! rel=\"icon\" href=\"data:,\")|iframe|object|img|image)\b", page)
-    assert "@import" not in page
-    assert set(re.findall(r"""(?:src|href)=["']?([^"'#][^"' >]*)""", page)) == {
-        "data:,", "https://arxiv.org/abs/2408.10631",
+    assert not re.findall(r"<(?:script|b>|img src|link(?! rel=\"icon\" href=\"data:,\")|iframe|object)", page)
+    assert set(re.findall(r"""(?:src|href)=["']?([^"'#,]*)""", page)) == {
+        "data:", "data:image/svg+xml;base64", "https://arxiv.org/abs/2408.10631", "x onerror=&",
     }  # fmt: skip
-    assert set(re.findall(r"url\(([^)])", page)) == {"#"}
-    assert set(re.findall(r"https?://[^\"<\s]*", page)) == {"https://arxiv.org/abs/2408.10631"}
-
-
-def test_the_page_is_a_whole_document() -> None:
-    page = run_page(make_report())
-    assert page.startswith('<!DOCTYPE html>\n<html lang="en">')
-    assert f"<title>Tiny-1B, 50.3{SPACE}% pruned · LLM-Barber</title>" in page
-    assert '<meta name="viewport"' in page
-    assert page.count('<svg role="img" aria-label=') == page.count("<svg") == page.count("<figcaption>") == 5
-
-
-def test_ids_are_unique_and_found() -> None:
-    page = run_page(make_report(depth=30), make_evaluation())
-    ids = re.findall(r'\bid="([^"]*)"', page)
-    assert len(ids) == len(set(ids))
-    assert set(re.findall(r'(?:href="|url\()#([^")]*)', page)) <= set(ids)
-
-
-def test_figures_have_the_colours_of_the_page() -> None:
-    page = run_page(make_report())
-    assert not any(stand_in in page for stand_in in CSS_COLOURS)
-    drawn = re.findall(r"(?:fill|stroke): ([^;\"]*)", "".join(re.findall(r"<svg.*?</svg>", page, re.DOTALL)))
-    assert set(drawn) <= {"none", *CSS_COLOURS.values()}
-    variables = set(re.findall(r"var\((--[a-z]+)\)", page))
-    assert variables <= set(re.findall(r"(--[a-z]+):", page))
 
 
 def test_the_same_report_gives_the_same_bytes_in_any_style() -> None:
-    page = run_page(make_report(), make_evaluation())
+    page = run_page(make_report(depth=126), make_evaluation())
     with matplotlib.rc_context({"font.size": 30, "axes.facecolor": "red", "svg.fonttype": "path"}):
         before = dict(matplotlib.rcParams)
-        assert run_page(make_report(), make_evaluation()) == page
+        assert run_page(make_report(depth=126), make_evaluation()) == page
         assert dict(matplotlib.rcParams) == before
+    assert len(page) < 1e6
 
 
 def test_the_page_loads_neither_pyplot_nor_transformers() -> None:
@@ -303,54 +244,89 @@ def test_the_page_loads_neither_pyplot_nor_transformers() -> None:
 
 
 @pytest.mark.parametrize(
-    ("value", "text"),
+    ("formatted", "text"),
     [
-        (None, "–"), (0.0, "0.000"), (28.5449, "28.54"), (1.0, "1.000"), (516.59, "516.6"), (12345.6, "12,346"),
-        (106168320, "106,168,320"), (-0.5, "−0.5000"), (3.34797e-5, f"3.348{SPACE}×{SPACE}10⁻⁵"), (float("inf"), "inf"),
-        (999.96, "1,000"),
+        (number(None), "–"), (number(0.0), "0.000"), (number(28.5449), "28.54"), (number(516.59), "516.6"),
+        (number(12345.6), "12,346"), (number(106168320), "106,168,320"), (number(3.34797e-5), "3.348e-05"),
+        (number(999.96), "1,000"), (number(float("inf")), "inf"), (percent(0.0194498, 3), f"1.945{SPACE}%"),
+        (percent(-0.25, 1, sign=True), f"-25.0{SPACE}%"),
+        (with_error(0.02, 0.0158, sign=True), f"+2.00 ± 1.58{SPACE}%"), (duration(7.33001), f"7.330{SPACE}s"),
+        (duration(45296), "12:34:56"), (memory(int(0.6785 * 2**30)), f"0.6785{SPACE}GiB"),
+        (model_name("org/model"), "org/model"), (model_name("/a/b/model/"), "model"), (model_name("/"), "/"),
     ],
 )  # fmt: skip
-def test_numbers(value: float | None, text: str) -> None:
-    assert number(value) == text
+def test_formats(formatted: str, text: str) -> None:
+    assert formatted == text
 
 
-def test_formats_of_percent_time_and_memory() -> None:
-    assert percent(0.0194498, 3) == f"1.945{SPACE}%"
-    assert percent(4e-6, 3) == f"<{SPACE}0.001{SPACE}%"
-    assert percent(-0.25, 1, sign=True) == f"−25.0{SPACE}%"
-    assert with_error(0.02, 0.0158, sign=True) == f"+2.00 ± 1.58{SPACE}%"
-    assert [duration(seconds) for seconds in (7.33001, 59.99999, 61, 3599.7, 45296)] == [
-        f"7.330{SPACE}s", f"1{SPACE}min 0{SPACE}s", f"1{SPACE}min 1{SPACE}s", f"1{SPACE}h 0{SPACE}min",
-        f"12{SPACE}h 34{SPACE}min",
-    ]  # fmt: skip
-    assert memory(int(0.6785 * 2**30)) == f"0.6785{SPACE}GiB"
-    assert [model_name(model) for model in ("org/model", "/a/b/model/", "./model", "/")] == [
-        "org/model", "model", "model", "/",
-    ]  # fmt: skip
+@pytest.fixture
+def pruned(llama: Path, tokens: Path, tmp_path: Path) -> Path:
+    add_tokenizer(llama)
+    prune(PruneConfig(model=llama, output=tmp_path / "pruned", calibration=tokens, preset="paper"))
+    return tmp_path / "pruned"
 
 
-@needs_browser
-@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
-def test_nothing_overflows_in_a_browser(tmp_path: Path, dark: bool) -> None:
-    report = make_report(depth=126, model="/models/" + "a-very-long-name-of-a-model-" * 8)
-    frames, console = measure(run_page(report, make_evaluation()), tmp_path, dark)
-    assert console == []
-    assert [frame["width"] for frame in frames] == [1280, 400]
-    for frame in frames:
-        assert frame["closed"] <= frame["width"]
-        assert frame["open"] <= frame["width"]
-        assert len(frame["figures"]) == 5
-        assert min(frame["figures"]) > 300
-        page, ink = (sum(map(int, re.findall(r"\d+", frame[key])[:3])) / 3 for key in ("page", "ink"))
-        assert (page < 64 and ink > 192) if dark else (page > 192 and ink < 64)
+def test_a_run_has_a_page_with_the_evaluations_of_its_model(pruned: Path, llama: Path, tmp_path: Path) -> None:
+    first = (pruned / "report.html").read_text()
+    assert "record of a prune run" in first
+    assert 'id="evaluation"' not in first
+    assert write_page(pruned) == pruned / "report.html"
+    assert write_page(pruned, tmp_path / "other.html").read_text() == first
+    texts = []
+    for name in ("one", "two"):
+        texts.append(str(tmp_path / f"{name}.txt"))
+        (tmp_path / f"{name}.txt").write_text(name * 30)
+    listener = Listener()
+    for text in (*texts, texts[0]):
+        keep_with_model(evaluate(EvaluateConfig(model=pruned, text=(text,), seqlen=16)), listener)
+    stored = read_evaluation(pruned)
+    assert stored is not None
+    assert [text.text for text in stored.texts] == texts
+    assert 'id="evaluation"' in (pruned / "report.html").read_text()
+    assert not listener.warnings
+    # Against another model it is another evaluation, which replaces the stored one.
+    keep_with_model(evaluate(EvaluateConfig(model=pruned, against=llama, text=(texts[0],), seqlen=16)), listener)
+    stored = read_evaluation(pruned)
+    assert stored is not None
+    assert [text.text for text in stored.texts] == texts[:1]
+    assert "was measured in another way" in listener.warnings[0]
+    assert inspect(InspectConfig(model=pruned, dense=llama)).problems == ()
+    # Nothing is written for a model without a record.
+    keep_with_model(evaluate(EvaluateConfig(model=llama, text=(texts[0],), seqlen=16)), listener)
+    assert not (llama / "evaluation.json").exists()
 
 
-@needs_browser
-def test_the_measurement_finds_overflow_and_network_access(tmp_path: Path) -> None:
-    page = run_page(make_report(depth=1))
-    page = page.replace(
-        "<main>", '<main><div style="width: 2000px">wide</div><img src="https://localhost/picture.png">'
-    )
-    frames, console = measure(page, tmp_path, dark=False)
-    assert all(frame["closed"] > frame["width"] for frame in frames)
-    assert len(console) == 2  # one a frame: the page's policy lets it load nothing
+def test_an_evaluation_is_kept_without_a_page(tmp_path: Path, llama: Path, tokens: Path) -> None:
+    """Of a run that was to write none, and beside a page of somebody else."""
+    out = tmp_path / "out"
+    prune(PruneConfig(model=llama, output=out, calibration=tokens, initial="wanda", report=False))
+    evaluation = Evaluation(model=str(out), against=None, device="cpu", dtype="float32", versions={}, texts=())
+    told = Listener()
+    keep_with_model(evaluation, told)
+    assert read_evaluation(out) == evaluation
+    assert not (out / "report.html").exists()
+    assert not told.warnings
+    (out / "report.html").write_text("of somebody else")
+    keep_with_model(evaluation, told)
+    (warning,) = told.warnings
+    assert warning.startswith(f"the evaluation is kept in {out / 'evaluation.json'}, but the page does not show it: ")
+    assert (out / "report.html").read_text() == "of somebody else"
+
+
+def test_pages_that_cannot_be_written(pruned: Path, llama: Path, tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="has no record"):
+        write_page(llama)
+    with pytest.raises(ModelError, match="is not a folder"):
+        write_page(tmp_path / "none")
+    with pytest.raises(OutputError, match="cannot write"):
+        write_page(pruned, tmp_path / "no" / "such" / "page.html")
+    os.mkfifo(pruned / "a-pipe")
+    for name in ("model-00001-of-00003.safetensors", "barber.json", ".", "a-pipe"):
+        with pytest.raises(OutputError, match="is not a page of this program|not a regular file"):
+            write_page(pruned, pruned / name)
+    (pruned / "evaluation.json").write_text("{")
+    with pytest.raises(ModelError, match="evaluation.json is damaged"):
+        write_page(pruned)
+    change_json(pruned / "barber.json", layers=[])
+    with pytest.raises(ModelError, match="is not a record of this program"):
+        write_page(pruned)
