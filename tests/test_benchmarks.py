@@ -1,114 +1,115 @@
-"""The benchmarks: those that replace a step of the program find what it finds, where they ask for nothing else."""
+"""The benchmarks start, and measure a tiny model."""
 
+import importlib
+import sys
 from pathlib import Path
-from types import ModuleType
-from typing import Any
 
 import pytest
-import torch
-from torch import Tensor
-from transformers import AutoModelForCausalLM
 
-from llm_barber import PruneConfig, prune
-from llm_barber.masking.saliency import weight_gradient
-from tests.conftest import make_model, read_folder, save_tokens
+from tests.conftest import make_model
+from tests.helpers.pages import ROOT
+from tests.helpers.text import add_tokenizer
 
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
-SWAPS = {"initial": "wanda", "rebuild": False, "refine": "swaps"}
+BENCHMARKS = ROOT / "benchmarks"
+SCRIPTS = sorted(path.stem for path in BENCHMARKS.glob("*.py") if "ArgumentParser" in path.read_text())
+# llama-cpp-python, as far as `payoff_llama.py` calls it; the next token is always the last one and 1.
+LLAMA = """
+import ctypes
+from types import SimpleNamespace as Record
+
+VOCABULARY = 8
+llama_log_callback = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)
+llama_log_set = llama_backend_init = llama_batch_free = lambda *arguments: None
+llama_model_default_params = llama_context_default_params = llama_model_quantize_default_params = Record
+llama_model_load_from_file = lambda path, settings: Record(past=[]) if path.endswith(b".gguf") else None
+llama_init_from_model = lambda model, settings: model
+llama_get_memory = lambda context: context
+llama_model_get_vocab = lambda model: model
+llama_vocab_n_tokens = lambda vocabulary: VOCABULARY
+llama_memory_clear = lambda memory, data: memory.past.clear()
+llama_memory_seq_pos_max = lambda memory, sequence: len(memory.past) - 1
 
 
-@pytest.fixture
-def variants(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+def llama_model_quantize(source, target, settings):
+    with open(target, "w") as file:
+        file.write(f"{source.decode()} {settings.ftype} {settings.allow_requantize}")
+    return 0
+
+
+def llama_batch_init(tokens, embeddings, sequences):
+    return Record(token=[0] * tokens, pos=[0] * tokens, n_seq_id=[0] * tokens, seq_id=[[0] for _ in range(tokens)],
+                  logits=[0] * tokens, n_tokens=0)
+
+
+def llama_decode(context, batch):
+    assert batch.pos[: batch.n_tokens] == list(range(len(context.past), len(context.past) + batch.n_tokens))
+    context.past += batch.token
+    rows = [[float(index == (token + 1) % VOCABULARY) for index in range(VOCABULARY)] for token in batch.token]
+    flat = [value for row, wanted in zip(rows, batch.logits) if wanted for value in row]
+    context.logits = (ctypes.c_float * len(flat))(*flat)
+    return 0
+
+
+def llama_get_logits(context):
+    return ctypes.cast(context.logits, ctypes.POINTER(ctypes.c_float))
+"""
+
+
+@pytest.fixture(autouse=True)
+def _benchmarks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(BENCHMARKS))
-    import variants
-
-    return variants
 
 
-def masks(variants: ModuleType, folder: Path, **variant: Any) -> dict[str, Tensor]:
-    """Keep masks of all linears, pruned as a variant says."""
-    model, tokens = folder / "dense", folder / "tokens.safetensors"
-    if not model.exists():
-        make_model(model, "llama", num_hidden_layers=2)
-        save_tokens(tokens, sequences=8)
-    with variants.estimated(variant) as settings:
-        run_settings = {
-            "model": model,
-            "output": folder / "out",
-            "calibration": tokens,
-            "overwrite": True,
-            "report": False,
-        }
-        prune(PruneConfig(**run_settings, dtype="float32", **settings))
-    return {name: tensor != 0 for name, tensor in read_folder(folder / "out").items() if "_proj" in name}
-
-
-def same(left: dict[str, Tensor], right: dict[str, Tensor]) -> bool:
-    return all(torch.equal(left[name], right[name]) for name in left)
-
-
-def test_the_published_estimator_is_the_programs(tmp_path: Path, variants: ModuleType) -> None:
-    settings = {"initial": "wanda", "granularity": "block", "rebuild_ratio": 0.3}
-    expected = masks(variants, tmp_path, **settings)
-    assert same(masks(variants, tmp_path, **settings, estimator="published"), expected)
-    assert not same(masks(variants, tmp_path, **settings, estimator="signed"), expected)
-    assert same(masks(variants, tmp_path, **settings), expected)  # it is the program's again
-
-
-def test_what_a_swap_of_one_weight_does_is_estimated_to_second_order(variants: ModuleType) -> None:
-    """A linear by itself: its squared error is quadratic, so that signed gradient and diagonal say all."""
-    generator = torch.Generator().manual_seed(0)
-    weight, inputs = torch.randn(3, 5, generator=generator), torch.randn(40, 5, generator=generator)
-    keep = torch.rand(3, 5, generator=generator) > 0.5
-
-    def error(mask: Tensor) -> Tensor:
-        return ((weight * ~mask) @ inputs.t()).square().sum()
-
-    sparse = (weight * keep).requires_grad_()
-    ((weight - sparse) @ inputs.t()).square().sum().backward()
-    assert sparse.grad is not None
-    estimate = variants.ESTIMATORS["second-order"][1](
-        weight, keep, SignedGradients(sparse.grad), 2 * inputs.square().sum(0).expand(3, 5)
-    )
-    for row in range(3):
-        for column in range(5):
-            changed = keep.clone()
-            changed[row, column] = ~changed[row, column]
-            lost = (error(keep) - error(changed)) * (1 if changed[row, column] else -1)
-            assert estimate[row, column].item() == pytest.approx(lost.item(), rel=1e-4)
-    assert torch.equal(
-        variants.ESTIMATORS["sparse"][1](weight, keep, SignedGradients(sparse.grad), estimate),
-        weight_gradient(weight, sparse.grad.square()),
-    )
-
-
-class SignedGradients:
-    """The part of `estimators.Gradients` that one sequence has."""
-
-    def __init__(self, gradient: Tensor) -> None:
-        self.signed, self.mean = gradient, gradient.square()
-
-
-@pytest.mark.parametrize(
-    ("variant", "target", "expected"),
-    [
-        ({"preset": "mask", "guard": 0.03125}, "0.5", {"preset": "mask"}),
-        ({"preset": "mask", "target_mix": 0.5}, "0.5", {"preset": "mask"}),
-        ({"preset": "mask", "target_mix": 0.5}, "2:4", {"preset": "mask", "target_mix": 0.5}),
-        ({"preset": "best", "target_mix": 0.75}, "2:4", {"preset": "best"}),
-        ({**SWAPS, "target_mix": 0.5}, "2:4", SWAPS),
-        ({"initial": "wanda", "allocation": "uniform"}, "0.5", {"initial": "wanda"}),
-        ({"preset": "mask", "allocation": "uniform"}, "0.5", {"preset": "mask", "allocation": "uniform"}),
-    ],
-)
-def test_settings_that_are_the_programs_own_make_no_other_variant(
-    variants: ModuleType, variant: dict[str, Any], target: str, expected: dict[str, Any]
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_each_says_how_it_is_called(
+    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert variants.as_it_differs(variant, target, 16, 64) == expected
-    assert variants.resolved(variant, target, 16, 64) == variants.resolved(expected, target, 16, 64)
+    monkeypatch.setattr(sys, "argv", [name, "--help"])
+    with pytest.raises(SystemExit, match="0"):
+        importlib.import_module(name).main()
+    assert f"python benchmarks/{name}.py" in capsys.readouterr().out
 
 
-def test_rows_of_a_page_stay_on_it(tmp_path: Path, variants: ModuleType) -> None:
+def test_payoff_measures_packed_models(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import payoff
+
+    add_tokenizer(make_model(tmp_path / "dense", "llama", max_position_embeddings=1024))
+    (tmp_path / "text.txt").write_text("the quick brown fox jumps over the lazy dog. " * 300)
+    kept: list[str] = []
+    monkeypatch.setattr(payoff, "keep", lambda name, figures: kept.append(name))
+    command = (
+        f"payoff --model {tmp_path / 'dense'} --targets 0.5 --kinds packed,int8 --threads 1 --tokens 2 --prompt 8 "
+        f"--samples 2 --seqlen 16 --text {tmp_path / 'text.txt'} --windows 1 --work {tmp_path / 'work'}"
+    )
+    monkeypatch.setattr(sys, "argv", command.split())
+    payoff.main()
+    printed = capsys.readouterr().out
+    assert kept == ["payoff"]
+    assert all(f"0.5 {kind}" in printed for kind in ("packed", "int8"))
+    assert {path.name for path in (tmp_path / "work").iterdir()} == {
+        "dense-magnitude-0.5", "dense-magnitude-0.5-packed", "dense-magnitude-0.5-int8",
+    }  # fmt: skip
+
+
+def test_llama_cpp_answers_requests(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import payoff
+
+    (tmp_path / "llama_cpp.py").write_text(LLAMA)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    made = tmp_path / "model.Q4_K_M.gguf"
+    payoff.llama(sys.executable, source=str(tmp_path / "model.gguf"), target=str(made), kind="Q4_K_M")
+    assert made.read_text() == f"{tmp_path / 'model.gguf'} 15 True"
+    result = payoff.llama(sys.executable, path=str(made), threads=1, prompt=[3, 4], tokens=3)
+    assert result.keys() == {"load", "prefill", "decode"}
+    payoff.llama(sys.executable, path=str(made), threads=1, prompt=[1, 5, 7], logits=str(tmp_path / "logits.npy"))
+    assert payoff.np.load(tmp_path / "logits.npy").argmax(1).tolist() == [2, 6, 0]
+    with pytest.raises(SystemExit, match="cannot be loaded"):
+        payoff.llama(sys.executable, path="nothing", threads=1, prompt=[1], tokens=1)
+
+
+def test_rows_of_a_page_stay_on_it(tmp_path: Path) -> None:
     import quality_settings
 
     path = tmp_path / "results" / "rows.json"
@@ -121,32 +122,3 @@ def test_rows_of_a_page_stay_on_it(tmp_path: Path, variants: ModuleType) -> None
     assert quality_settings.with_kept_rows(path, (first,)) == (first,)
     assert quality_settings.with_kept_rows(path, (second, first)) == (first, second)
     assert quality_settings.with_kept_rows(path, ()) == (first, second)
-
-
-def test_shares_of_a_token_agree_with_weight_gradients(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The shares of `sink_shares` in the last token, whose own gradient is that of a loss in which only it counts."""
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    import sink_shares
-
-    make_model(tmp_path / "dense", "llama", num_hidden_layers=2)
-    make_model(tmp_path / "pruned", "llama", num_hidden_layers=2, seed=1)
-    dense, pruned = (
-        AutoModelForCausalLM.from_pretrained(tmp_path / name, dtype=torch.float32).eval().requires_grad_(False)
-        for name in ("dense", "pruned")
-    )
-    tokens = torch.randint(2, 100, (1, 12), generator=torch.Generator().manual_seed(0))
-    errors, gradients = sink_shares.block_shares(dense, pruned, tokens, [11])
-    mlp, calls = dense.model.layers[0].mlp, []
-    pruned.model.layers[0].mlp.register_forward_hook(lambda _, inputs, output: calls.append((inputs[0], output)))
-    pruned(tokens)
-    (states, output), squares = calls[0], []
-    mlp.requires_grad_()
-    for kept in (slice(11, 12), slice(None)):  # an MLP takes each token by itself
-        loss = (mlp(states) - output)[:, kept].square().sum()
-        weights = torch.autograd.grad(loss, list(mlp.parameters()))
-        squares.append((loss.item(), sum(weight.square().sum().item() for weight in weights)))
-    assert errors[0][1] == pytest.approx(squares[0][0] / squares[1][0], rel=1e-4)
-    assert gradients[0][1] == pytest.approx(squares[0][1] / squares[1][1], rel=1e-4)
-    (fisher,) = sink_shares.fisher_shares(dense, tokens, [11])
-    assert fisher == pytest.approx([0, 0], abs=1e-12)  # no token follows the last one
-    assert all(0 < share < 1 for share in sink_shares.fisher_shares(dense, tokens, [0])[0])
