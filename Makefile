@@ -116,8 +116,7 @@ benchmark: $(VENV)/dev $(VENV)/demo
 	$(BIN)/python benchmarks/rebuild_speed.py --samples 32 --initial sparsegpt
 	$(BIN)/python benchmarks/plain.py
 	$(BIN)/python benchmarks/memory.py
-	$(BIN)/python benchmarks/out_of_core.py
-	$(BIN)/python benchmarks/scaling.py
+	$(BIN)/python benchmarks/memory.py --layers 66 --limit 1.05 --sequences 32
 	$(BIN)/python benchmarks/plan_accuracy.py
 
 $(VENV)/demo: $(VENV)/installed

@@ -4,8 +4,12 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
-from llm_barber import InspectConfig, inspect
+from llm_barber import InspectConfig, PruneConfig, inspect, prune
+from tests.conftest import make_model, read_folder, save_tokens
 from tests.helpers.forked import ForkedProgram, run_script
 from tests.helpers.pages import ROOT
 from tests.helpers.trained import make_pruned
@@ -33,3 +37,23 @@ def test_finetune(tmp_path: Path, lora: bool) -> None:
     result = inspect(InspectConfig(model=str(out), dense=str(dense)))
     assert result.problems == ()
     assert result.sparsity == 0.5
+
+
+def test_barber_finds_the_masks_of_preset_paper(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(EXAMPLE.parent))
+    import barber
+
+    make_model(tmp_path / "dense", "llama")
+    tokens = save_tokens(tmp_path / "tokens.safetensors", sequences=6)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "dense", dtype=torch.float32).eval()
+    masks = barber.prune(model, load_file(tokens)["input_ids"], 0.5, 0.3)
+    config = PruneConfig(
+        model=tmp_path / "dense", output=tmp_path / "out", preset="paper", dtype="float32", calibration=tokens,
+        rebuild_ratio=0.3,
+    )  # fmt: skip
+    assert prune(config).swapped > 0
+    pruned = read_folder(tmp_path / "out")
+    assert len(masks) == 14
+    for name, mask in masks.items():
+        assert torch.equal(mask, pruned[f"{name}.weight"] != 0), name
+        assert torch.equal(model.get_submodule(name).weight, pruned[f"{name}.weight"])

@@ -117,7 +117,6 @@ class Evaluator:
             tasks=self.run_tasks(streamed, progress) if self.tasks and with_tasks else (),
         )
 
-    @same_kernels()
     def run_tasks(self, model: StreamedModel, progress: Progress) -> tuple[TaskResult, ...]:
         """Run the tasks on a model.
 
