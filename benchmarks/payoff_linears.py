@@ -19,9 +19,8 @@ from llm_barber.masking.granularity import Granularity
 from llm_barber.masking.initial import initial_mask
 from llm_barber.masking.pattern import NofM, Pattern, Unstructured
 from llm_barber.masking.selection import apply_mask
-from llm_barber.native import amx, rounded, unrounded
+from llm_barber.native import weight as native_weight
 from llm_barber.runtime.packed_linear import PackedLinear
-from llm_barber.runtime.rounded_linear import RoundedLinear
 
 INT8 = "int8"  # kept values are rounded
 SECONDS = 0.05  # of one measurement, about
@@ -72,8 +71,7 @@ def install_clock() -> TimedLibrary | None:
 
 def forget_functions() -> None:
     """Let the package look up C's functions anew, from what `native.library` returns."""
-    for module in (amx, rounded, unrounded):
-        module._functions.cache_clear()
+    native_weight._functions.cache_clear()
 
 
 class Products(TorchDispatchMode):
@@ -186,7 +184,7 @@ def packed_linear(weight: Tensor, rounded: bool) -> nn.Module:
     if rounded:
         packed_to_int8 = pack_rounded(weight)
         assert packed_to_int8 is not None
-        return RoundedLinear(packed_to_int8, None)
+        return PackedLinear(packed_to_int8, None)
     packed = pack(weight)
     assert packed is not None
     return PackedLinear(packed, None)

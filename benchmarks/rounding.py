@@ -31,7 +31,7 @@ from llm_barber import PruneConfig, load, prune
 from llm_barber.checkpoint.rounding import LARGEST, relative_error, round_trip
 from llm_barber.evaluation.texts import evaluation_windows
 from llm_barber.loading.tokenizer import load_tokenizer
-from llm_barber.native.rounded import STEP
+from llm_barber.native.weight import STEP
 from llm_barber.text.calibration import read_text
 
 HEADINGS = [

@@ -7,11 +7,11 @@ import pytest
 import torch
 from torch import nn
 
-from llm_barber import PruneConfig, load, prune
-from llm_barber.native.rounded import Kernel, find_kernel
+from llm_barber import PruneConfig, load, native, prune
+from llm_barber.checkpoint.rounding import pack_rounded, unpack_rounded
+from llm_barber.native import Instructions
 from tests.conftest import make_model, save_tokens
-from tests.native import test_vnni as vnni
-from tests.native.test_unrounded import make_weight
+from tests.native.test_weight import int8_weight, make_weight, round_inputs
 
 
 @pytest.fixture
@@ -28,15 +28,15 @@ def test_inputs_are_rounded_as_in_products(rounding: ModuleType, group: int) -> 
     inputs[1] = 0
     inputs[2] = 1e-36
     rounded = rounding.round_inputs(inputs, group)
-    whole, scales = vnni.round_inputs(inputs, group)
+    whole, scales = round_inputs(inputs, group)
     whole[2] = 0
-    expected = torch.from_numpy(whole * scales.repeat(group, 1)[:, :200]).float()
+    expected = torch.from_numpy(whole * scales).float()
     torch.testing.assert_close(rounded, expected, rtol=1e-6, atol=0)
     assert torch.equal(rounding.round_inputs(inputs.view(5, 1, 200), group).view(5, 200), rounded)
-    if find_kernel(200, group) == Kernel.VNNI:
-        weight = vnni.pack(make_weight(40, 200, 0.5, torch.float32, seed=1), group)
-        product = vnni.weight_of(weight, None, torch.float32).multiply(inputs)
-        torch.testing.assert_close(product, rounded @ vnni.unpack_rounded(weight).T, rtol=1e-5, atol=1e-5)
+    if native.instructions() > Instructions.AVX2:
+        weight = pack_rounded(make_weight(40, 200, 0.5, torch.float32, seed=1), group)
+        product = int8_weight(weight).multiply(inputs)
+        torch.testing.assert_close(product, rounded @ unpack_rounded(weight).T, rtol=1e-5, atol=1e-5)
 
 
 def test_a_model_is_measured(tmp_path: Path, rounding: ModuleType) -> None:

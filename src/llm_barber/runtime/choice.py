@@ -23,7 +23,6 @@ from llm_barber.messages import message
 from llm_barber.native import Instructions
 from llm_barber.runtime.packed_linear import PackedLinear
 from llm_barber.runtime.products import SHARED_ROWS
-from llm_barber.runtime.rounded_linear import RoundedLinear
 
 CPU = torch.device("cpu")
 KeepPacked = bool | Literal["auto"] | Mapping[str, bool]
@@ -222,9 +221,8 @@ def measure_times(weight: Packed | Rounded, dtype: torch.dtype | None = None) ->
         part = pack(dense_weight) if isinstance(weight, Packed) else pack_rounded(dense_weight, weight.group)
     if part is None:  # only the other rows have zeros
         return Times(1, 1), Times(1, 1)
-    packed = PackedLinear(part, None) if isinstance(part, Packed) else RoundedLinear(part, None, dtype)
-    if isinstance(packed, RoundedLinear):
-        dense_weight = dense_weight.to(packed.dtype)
+    packed = PackedLinear(part, None, dtype)
+    dense_weight = dense_weight.to(packed.dtype)
     cached = torch.zeros(CACHED_BYTES // 4)
     seconds = [[float("inf")] * 2 for _ in range(2)]
     linears: list[Callable[[Tensor], Tensor]] = [packed, lambda rows: nn.functional.linear(rows, dense_weight)]

@@ -17,7 +17,7 @@ from llm_barber.model.structure import find_architecture
 from llm_barber.record.file import read_record, recorded_structure
 from llm_barber.record.layers import LinearResult
 from llm_barber.record.report import RunReport
-from llm_barber.runtime.packed_module import PackedModule
+from llm_barber.runtime.packed_linear import PackedLinear
 
 SHARE = 0.1  # zeros of a pruned matrix, at least; dense models that were quantised once have up to 6 % by nature
 
@@ -71,7 +71,7 @@ def find_pruned(model: nn.Module, folder: Path | None, share: float) -> list[Pru
 
 
 def _refuse_untrainable(model: nn.Module) -> None:
-    if any(isinstance(module, PackedModule) for module in model.modules()):
+    if any(isinstance(module, PackedLinear) for module in model.modules()):
         raise SettingsError(
             "the model's linears are packed in memory, and packed weights are not trained",
             "load it without keep_packed, or call model.dequantize() first",

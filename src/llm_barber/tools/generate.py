@@ -15,7 +15,7 @@ from llm_barber.loading.tokenizer import check_vocabulary
 from llm_barber.model.device import resolve_device, resolve_dtype
 from llm_barber.model.empty import auto_class
 from llm_barber.progress import Progress, Silent
-from llm_barber.runtime.packed_module import PackedModule
+from llm_barber.runtime.packed_linear import PackedLinear
 from llm_barber.settings.checked import takes
 from llm_barber.settings.generate import GenerateConfig, KeepPacked
 from llm_barber.tools.decoding import Clock, decode, settings_of_generation, speeds
@@ -145,7 +145,7 @@ def _result(task: Task, writer: TextWriter, clocks: list[Clock]) -> GeneratedTex
     prefill, decoding = speeds(task.tokens.shape[1], clocks)
     parts = [*writer.model.parameters(), *writer.model.buffers()]
     modules = list(writer.model.modules())
-    packed = sum(isinstance(module, PackedModule) for module in modules)
+    packed = sum(isinstance(module, PackedLinear) for module in modules)
     return GeneratedText(
         model=writer.name,
         text=task.tokenizer.decode(tokens, skip_special_tokens=True),

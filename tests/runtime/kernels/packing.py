@@ -10,7 +10,6 @@ from llm_barber.masking.initial import initial_mask
 from llm_barber.masking.pattern import NofM, Pattern, Unstructured
 from llm_barber.masking.selection import apply_mask
 from llm_barber.runtime.packed_linear import PackedLinear
-from llm_barber.runtime.rounded_linear import RoundedLinear
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # tests/__init__.py chooses the interpreter
 TARGETS: list[Pattern] = [Unstructured(0.5), Unstructured(0.7), Unstructured(0.95), NofM(2, 4), NofM(4, 8), NofM(1, 4)]
@@ -38,17 +37,17 @@ def packed_linear(weight: Tensor, bias: bool = False) -> PackedLinear:
     return PackedLinear(packed, torch.nn.Parameter(torch.randn(len(weight)).to(weight.dtype)) if bias else None)
 
 
-def rounded_linear(weight: Tensor, group: int, bias: bool = False) -> tuple[RoundedLinear, Tensor]:
+def rounded_linear(weight: Tensor, group: int, bias: bool = False) -> tuple[PackedLinear, Tensor]:
     """A linear with int8 values, and its weight, not rounded to a dtype: float64, (out, in)."""
     rounded = pack_rounded(weight, group)
     assert rounded is not None
-    linear = RoundedLinear(rounded, torch.nn.Parameter(torch.randn(len(weight)).to(weight.dtype)) if bias else None)
+    linear = PackedLinear(rounded, torch.nn.Parameter(torch.randn(len(weight)).to(weight.dtype)) if bias else None)
     quotients = torch.zeros(weight.shape, dtype=torch.int8)
     quotients[weight != 0] = rounded.values
     return linear, restore_rows(quotients, rounded.scales, group, torch.float32).double()
 
 
-def check_product(linear: PackedLinear | RoundedLinear, weight: Tensor, inputs: Tensor) -> None:
+def check_product(linear: PackedLinear, weight: Tensor, inputs: Tensor) -> None:
     """Compare the decode kernels' product with that of float64."""
     with torch.no_grad():
         output = linear.to(DEVICE).gpu_weight().decode(inputs.to(DEVICE), linear.bias).cpu()

@@ -20,14 +20,13 @@ from llm_barber.masking.pattern import Unstructured
 from llm_barber.runtime import on_gpu
 from llm_barber.runtime.kernels.operators import packed_product, unpacked
 from llm_barber.runtime.packed_linear import PackedLinear
-from llm_barber.runtime.rounded_linear import RoundedLinear
 from tests.runtime.kernels.packing import packed_linear, pruned, rounded_linear
 
 VIEWS = ("aten::view", "aten::detach")
 
 
 @pytest.fixture(params=["bfloat16", "int8"])
-def linear(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> PackedLinear | RoundedLinear:
+def linear(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> PackedLinear:
     """A linear on a device that has the kernels: here the CPU, by Triton's interpreter."""
     monkeypatch.setattr(on_gpu, "has_kernels", lambda _: True)
     torch.manual_seed(0)
@@ -50,7 +49,7 @@ class Recorded(TorchDispatchMode):
         return function(*arguments, **(named or {}))
 
 
-def product_arguments(linear: PackedLinear | RoundedLinear, inputs: Tensor) -> tuple[Any, ...]:
+def product_arguments(linear: PackedLinear, inputs: Tensor) -> tuple[Any, ...]:
     weight = linear.gpu_weight()
     places = weight.places
     return (
@@ -58,7 +57,7 @@ def product_arguments(linear: PackedLinear | RoundedLinear, inputs: Tensor) -> t
     )  # fmt: skip
 
 
-def test_pytorch_accepts_the_operators(linear: PackedLinear | RoundedLinear) -> None:
+def test_pytorch_accepts_the_operators(linear: PackedLinear) -> None:
     """Schema, shapes without data, and tracing, by PyTorch's own check."""
     arguments = product_arguments(linear, torch.randn(2, 3, 320).bfloat16())
     torch.library.opcheck(packed_product, arguments)
@@ -67,7 +66,7 @@ def test_pytorch_accepts_the_operators(linear: PackedLinear | RoundedLinear) -> 
 
 
 @pytest.mark.parametrize("rows", [1, 5, 16])
-def test_a_product_of_few_rows_is_one_operator(linear: PackedLinear | RoundedLinear, rows: int) -> None:
+def test_a_product_of_few_rows_is_one_operator(linear: PackedLinear, rows: int) -> None:
     """No value of a tensor is looked at, and nothing is computed lazily: a CUDA graph captures the first product."""
     inputs = torch.randn(rows, 320).bfloat16()
     with Recorded() as recorded:
@@ -76,7 +75,7 @@ def test_a_product_of_few_rows_is_one_operator(linear: PackedLinear | RoundedLin
     assert [name for name in recorded.names if name not in VIEWS] == ["llm_barber::packed_product"]
 
 
-def test_a_product_of_many_rows_unpacks_first(linear: PackedLinear | RoundedLinear) -> None:
+def test_a_product_of_many_rows_unpacks_first(linear: PackedLinear) -> None:
     with Recorded() as recorded:
         linear(torch.randn(17, 320).bfloat16())
     names = [name.partition("::")[2] for name in recorded.names]
@@ -85,7 +84,7 @@ def test_a_product_of_many_rows_unpacks_first(linear: PackedLinear | RoundedLine
 
 
 @pytest.mark.parametrize(("rows", "dynamic"), [(1, False), (16, True), (17, False)])
-def test_a_compiled_model_is_one_graph(linear: PackedLinear | RoundedLinear, rows: int, dynamic: bool) -> None:
+def test_a_compiled_model_is_one_graph(linear: PackedLinear, rows: int, dynamic: bool) -> None:
     torch._dynamo.reset()
     square = packed_linear(pruned(24, 24, Unstructured(0.5), torch.bfloat16)).requires_grad_(False)
     model = nn.Sequential(linear, nn.SiLU(), square, copy.deepcopy(square))
@@ -95,7 +94,7 @@ def test_a_compiled_model_is_one_graph(linear: PackedLinear | RoundedLinear, row
         assert torch.equal(compiled(inputs), model(inputs))
 
 
-def test_shapes_without_data(linear: PackedLinear | RoundedLinear) -> None:
+def test_shapes_without_data(linear: PackedLinear) -> None:
     with FakeTensorMode(allow_non_fake_inputs=True):
         for rows in (1, 16, 17):
             outputs = linear(torch.empty(2, rows, 320, dtype=torch.bfloat16))
@@ -106,14 +105,14 @@ def test_shapes_without_data(linear: PackedLinear | RoundedLinear) -> None:
     assert all(name.startswith(("aten.view", "aten.detach")) for name in called[:-1])
 
 
-def test_gradients_go_through_the_unpacked_weight(linear: PackedLinear | RoundedLinear) -> None:
+def test_gradients_go_through_the_unpacked_weight(linear: PackedLinear) -> None:
     inputs = torch.randn(2, 320).bfloat16().requires_grad_()
     linear(inputs).float().sum().backward()
     assert inputs.grad is not None
     torch.testing.assert_close(inputs.grad[0], linear.weight.float().sum(0).bfloat16(), rtol=0.02, atol=0.02)
 
 
-def test_what_the_kernels_do_not_take_goes_to_pytorch(linear: PackedLinear | RoundedLinear) -> None:
+def test_what_the_kernels_do_not_take_goes_to_pytorch(linear: PackedLinear) -> None:
     """Wrong widths and dtypes are refused as by a dense linear; autocast decides the dtype of outputs."""
     weight = linear.gpu_weight()
     assert weight.can_decode(torch.ones(16, 320, dtype=torch.bfloat16), linear.bias)

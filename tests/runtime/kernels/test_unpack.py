@@ -14,7 +14,7 @@ from llm_barber.checkpoint.rounding import pack_rounded, unpack_rounded
 from llm_barber.masking.pattern import NofM, Pattern, Unstructured
 from llm_barber.runtime import on_gpu
 from llm_barber.runtime.kernels import unpack as kernel
-from llm_barber.runtime.rounded_linear import RoundedLinear
+from llm_barber.runtime.packed_linear import PackedLinear
 from tests.helpers.kernels import launches
 from tests.runtime.kernels.packing import DEVICE, DTYPES, bits, packed_linear, pruned
 
@@ -56,7 +56,7 @@ def test_int8_values_are_restored_bit_for_bit(dtype: torch.dtype, columns: int, 
     weight[0, :4] = torch.finfo(dtype).max * torch.tensor([1, -1, 0.99, 1e-6], dtype=torch.float64).to(dtype)
     rounded = pack_rounded(weight, group)
     assert rounded is not None
-    restored = RoundedLinear(rounded, None).to(DEVICE).gpu_weight()
+    restored = PackedLinear(rounded, None).to(DEVICE).gpu_weight()
     if dtype == torch.bfloat16 and DEVICE == "cpu":  # the interpreter does not round to bfloat16: it cuts off
         restored = replace(restored, dtype=torch.float32)
     largest = torch.finfo(dtype).max

@@ -7,7 +7,6 @@ import torch
 from torch.nn.functional import linear
 
 from llm_barber.runtime.packed_linear import PackedLinear
-from llm_barber.runtime.rounded_linear import RoundedLinear
 from llm_barber.tools.selftest import products
 from llm_barber.tools.selftest.bench import Bench, half_pruned
 from llm_barber.tools.selftest.products import (
@@ -68,13 +67,13 @@ def test_packed_products_of_this_cpu_pass(bench: Bench) -> None:
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("kind", [PackedLinear, RoundedLinear])
+@pytest.mark.parametrize("rounded", [False, True])
 @pytest.mark.parametrize("change", [lambda output: output.roll(1, -1), lambda output: output * torch.nan])
-def test_wrong_products_fail(bench: Bench, kind: type, change: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = kind.forward  # type: ignore[attr-defined]
-    monkeypatch.setattr(kind, "forward", lambda module, inputs: change(whole(module, inputs)))
+def test_wrong_products_fail(bench: Bench, rounded: bool, change: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = PackedLinear.forward
+    monkeypatch.setattr(PackedLinear, "forward", lambda module, inputs: change(whole(module, inputs)))
     findings = list(check_packed(bench))
-    name = "int8" if kind is RoundedLinear else "float"
+    name = "int8" if rounded else "float"
     assert {finding.passed for finding in findings if f"packed {name}" in finding.text} == {False}
 
 

@@ -23,8 +23,6 @@ from llm_barber.model.fixed_order import in_fixed_order
 from llm_barber.model.gpu_kernels import same_kernels
 from llm_barber.runtime.load import load
 from llm_barber.runtime.packed_linear import PackedLinear
-from llm_barber.runtime.packed_module import PackedModule
-from llm_barber.runtime.rounded_linear import RoundedLinear
 from llm_barber.runtime.semi_structured import CAPABILITY
 from llm_barber.tools.selftest.bench import Bench, half_pruned
 from llm_barber.tools.selftest.result import Finding, NotRunError
@@ -97,12 +95,12 @@ def judge_packed(device: torch.device, dtype: torch.dtype, rounded: bool) -> Fin
     return Finding(text=text, passed=products > 0 and largest <= 1 and exact)
 
 
-def _packed_module(weight: Tensor, bias: Tensor | None, rounded: bool) -> PackedModule | None:
+def _packed_module(weight: Tensor, bias: Tensor | None, rounded: bool) -> PackedLinear | None:
     """A linear that keeps the weight packed; None: it takes no fewer bytes."""
     parameter = None if bias is None else nn.Parameter(bias, requires_grad=False)
     if rounded:
         parts = pack_rounded(weight)
-        return None if parts is None else RoundedLinear(parts, parameter)
+        return None if parts is None else PackedLinear(parts, parameter)
     packed = pack(weight)
     return None if packed is None else PackedLinear(packed, parameter)
 
