@@ -2,8 +2,6 @@
 
 import copy
 import gc
-import json
-import shutil
 import weakref
 from collections.abc import Callable, Iterable
 from functools import partial
@@ -18,8 +16,6 @@ from torch.nn.utils import parametrize
 from transformers import AutoModelForCausalLM
 
 from llm_barber import PackConfig, hold_zeros, load, pack
-from llm_barber.checkpoint.companions import RECORD_NAME
-from llm_barber.checkpoint.digests import with_digest
 from llm_barber.errors import ModelError, SettingsError
 from llm_barber.runtime.held_zeros import is_held
 from tests.conftest import load_model, make_model, read_folder
@@ -232,7 +228,7 @@ def test_weights_that_are_unfrozen_later_are_held(pruned: Path) -> None:
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     held = hold_zeros(model)
-    assert all(weight._mask is None for weight in held._weights)  # frozen weights cost no memory
+    assert not held._masks  # frozen weights cost no memory
     zeros = zeros_of(model, held.names)
     model.requires_grad_(True)
     assert_zeros_hold(train(model, OPTIMIZERS["sgd"](model.parameters())), zeros)
@@ -326,33 +322,17 @@ def test_without_a_record_matrices_with_zeros_are_held(pruned: Path) -> None:
     assert set(hold_zeros(other, pruned).names) == set(expected)  # by the record of this folder
 
 
+def test_few_zeros_are_found_by_the_record(tmp_path: Path) -> None:
+    model = load_model(make_pruned(tmp_path, settings={"sparsity": 0.05}))
+    assert set(hold_zeros(model).names) == set(linears_of(model))
+
+
 def test_zeros_that_training_has_filled_are_noticed(pruned: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(pruned)
     with torch.no_grad():
         model.model.layers[1].mlp.up_proj.weight.add_(1)
-    with pytest.raises(ModelError, match=r"layers\.1\.mlp\.up_proj has 0 zeros, and the run of .* pruned 1,024"):
+    with pytest.raises(ModelError, match=r"the model has [\d,]+ zeros, and the run of .* pruned"):
         hold_zeros(model)
-
-
-def test_another_structure_than_the_records_is_held_by_its_zeros(pruned: Path) -> None:
-    model = nn.Linear(8, 8)
-    with torch.no_grad():
-        model.weight[:4] = 0
-    with pytest.warns(UserWarning, match="has not the linears of .* record"):
-        assert hold_zeros(model, pruned).names == ("weight",)
-
-
-@pytest.mark.parametrize("name", ["forward", "mlp.forward", "mlp.up_proj.weight.data"])
-def test_what_a_record_names_has_to_be_a_module(pruned: Path, tmp_path: Path, name: str) -> None:
-    """A record may come from anyone."""
-    folder = shutil.copytree(pruned, tmp_path / "copy")
-    text = (folder / RECORD_NAME).read_text()
-    content = json.loads(text.replace('"mlp.up_proj"', f'"{name}"'))
-    (folder / RECORD_NAME).write_text(json.dumps(with_digest(content)))
-    model = AutoModelForCausalLM.from_pretrained(folder)
-    with pytest.warns(UserWarning, match="has not the linears of .* record"):
-        names = hold_zeros(model).names
-    assert set(names) == set(linears_of(model))
 
 
 def test_models_that_cannot_be_held(pruned: Path, tmp_path: Path) -> None:

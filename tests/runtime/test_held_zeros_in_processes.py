@@ -99,7 +99,7 @@ def test_fully_sharded(pruned: Path, tmp_path: Path, when: str, optimizer: str, 
         held = hold_zeros(model)
         assert held.zeros == sum(int(mask.sum()) for mask in zeros.values())  # of both processes together
         train(rank, model, model, zeros, optimizer)
-        assert all(weight._mask.numel() * 2 == zeros[weight.name].numel() for weight in held._weights)
+        assert all(mask.pruned.numel() * 2 == zeros[name].numel() for name, mask in held._masks.items())
         save_finetuned(model, tmp_path / "out")
 
     in_two(check)
