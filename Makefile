@@ -58,8 +58,7 @@ sanitize: $(VENV)/dev
 		-o src/llm_barber/native/_packed.so src/llm_barber/native/*.c
 	cd build/sanitize && ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=src \
 		LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libstdc++.so.6)" \
-		$(abspath $(BIN))/python -m pytest -p no:cacheprovider tests/native tests/runtime/test_packed_linear.py \
-		tests/runtime/test_rounded_linear.py
+		$(abspath $(BIN))/python -m pytest -p no:cacheprovider tests/native tests/runtime/test_packed_linear.py
 
 check: $(VENV)/dev
 	$(BIN)/ruff check .

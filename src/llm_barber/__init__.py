@@ -16,10 +16,9 @@ if TYPE_CHECKING:
     from llm_barber.planning.plan import plan
     from llm_barber.record.report import RunReport
     from llm_barber.run.commands import prune, rebuild
-    from llm_barber.runtime.held_zeros import HeldZeros, hold_zeros
+    from llm_barber.runtime.held_zeros import HeldZeros, HoldZeros, hold_zeros
     from llm_barber.runtime.load import load
     from llm_barber.runtime.registry import PackedConfig, register
-    from llm_barber.runtime.trainer_callback import HoldZeros
     from llm_barber.settings.compare import CompareConfig
     from llm_barber.settings.copies import ConvertConfig, PackConfig, UnpackConfig
     from llm_barber.settings.evaluate import EvaluateConfig
@@ -91,7 +90,7 @@ _MODULES = {
     "GenerateConfig": "settings.generate",
     "Generation": "tools.generation",
     "HeldZeros": "runtime.held_zeros",
-    "HoldZeros": "runtime.trainer_callback",
+    "HoldZeros": "runtime.held_zeros",
     "InspectConfig": "settings.inspect",
     "Inspection": "tools.inspection",
     "PackConfig": "settings.copies",

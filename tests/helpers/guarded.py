@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from llm_barber.native import amx, threads
+from llm_barber.native import threads, weight
 
 
 def guarded(tensor: Tensor) -> Tensor:
@@ -24,21 +24,15 @@ def guarded(tensor: Tensor) -> Tensor:
     return copy.copy_(tensor.flatten()).view(tensor.shape)
 
 
-def guard_outputs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Guard what `Tensor.new_empty` makes: the outputs of products."""
-    new_empty = Tensor.new_empty
-    monkeypatch.setattr(Tensor, "new_empty", lambda *arguments: guarded(new_empty(*arguments)))
-
-
-def guard_products_by_amx(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Guard outputs and the memory that AMX works in; few rows of inputs and few values are divided, too."""
-    guard_outputs(monkeypatch)
-    memory: list[Tensor] = []  # its user has only the address
+def guard_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guard outputs and the memory that products work in; few values and few rows of inputs are divided, too."""
+    new_empty, memory = Tensor.new_empty, []  # the user of `memory` has only the address
 
     def scratch(size: int) -> Tensor:
         memory.append(guarded(torch.full((-(-size // 64) * 64,), 255).byte()))
         return memory[-1]
 
-    monkeypatch.setattr(amx._scratch, "of", scratch)
+    monkeypatch.setattr(Tensor, "new_empty", lambda *arguments: guarded(new_empty(*arguments)))
+    monkeypatch.setattr(weight._scratch, "of", scratch)
     monkeypatch.setattr(threads, "VALUES_A_THREAD", 16)
-    monkeypatch.setattr(amx, "TOGETHER", 40)
+    monkeypatch.setattr(weight, "TOGETHER", 40)

@@ -5,12 +5,10 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import llm_barber
 from llm_barber import PruneConfig, prune
-from llm_barber.runtime.head_inputs import avoid_weight_copies
 from tests.conftest import make_model, save_tokens
 
 
@@ -49,21 +47,6 @@ def test_a_prompt_s_last_logits_copy_no_weight(tmp_path: Path, family: str, keep
     with torch.inference_mode():
         # Products of other numbers of rows are rounded differently on some processors.
         torch.testing.assert_close(logits, loaded(prompt, use_cache=False).logits[:, -1:])
-
-
-@pytest.mark.parametrize("sequences", [1, 2])
-def test_rows_that_are_cut_out_are_joined(sequences: int) -> None:
-    head = nn.Linear(8, 16, bias=False).requires_grad_(False)
-    states = torch.randn(sequences, 5, 8)
-    expected = head(states)[:, -1:]
-    with ProductsWith(head.weight) as plain:
-        head(states[:, -1:])
-    avoid_weight_copies(head)
-    with ProductsWith(head.weight) as joined:
-        outputs = head(states[:, -1:])
-    assert "aten::bmm" in plain.names, "PyTorch has learned it: head_inputs.py is no longer needed"
-    assert joined.names == ["aten::mm"]
-    assert torch.allclose(outputs, expected)
 
 
 def test_a_model_that_is_loaded_dense_takes_gradients_as_transformers_has_it(tmp_path: Path) -> None:

@@ -2,8 +2,6 @@
 
 import copy
 import gc
-import json
-import shutil
 import weakref
 from collections.abc import Callable, Iterable
 from functools import partial
@@ -18,12 +16,10 @@ from torch.nn.utils import parametrize
 from transformers import AutoModelForCausalLM
 
 from llm_barber import PackConfig, hold_zeros, load, pack
-from llm_barber.checkpoint.companions import RECORD_NAME
-from llm_barber.checkpoint.digests import with_digest
 from llm_barber.errors import ModelError, SettingsError
 from llm_barber.runtime.held_zeros import is_held
-from tests.conftest import load_model, make_model, read_folder
-from tests.helpers.trained import IDS, language_loss, make_pruned, used_weights, zeros_of
+from tests.conftest import load_model, make_model
+from tests.helpers.trained import language_loss, make_pruned, used_weights, zeros_of
 
 Optimizers = Callable[[Iterable[Tensor]], torch.optim.Optimizer]
 OPTIMIZERS: dict[str, Optimizers] = {
@@ -89,28 +85,14 @@ def assert_zeros_hold(history: list[dict[str, Tensor]], zeros: dict[str, Tensor]
     assert all(not torch.equal(history[0][name], history[-1][name]) for name in zeros)
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
-def test_zeros_hold_after_every_step(pruned: Path, name: str) -> None:
+@pytest.mark.parametrize("optimizer", [OPTIMIZERS["adamw"], Noise, getattr(torch.optim, "Muon", Noise)])
+def test_zeros_hold_after_every_step(pruned: Path, optimizer: Optimizers) -> None:
+    """Also where steps do not go by the gradient alone."""
     model = AutoModelForCausalLM.from_pretrained(pruned)
     held = hold_zeros(model)
     zeros = zeros_of(model, held.names)
     assert zeros.keys() == linears_of(model).keys()
     assert held.zeros * 2 == held.weights == sum(mask.numel() for mask in zeros.values())
-    assert_zeros_hold(train(model, OPTIMIZERS[name](model.parameters())), zeros)
-
-
-def test_without_it_they_do_not(pruned: Path) -> None:
-    model = AutoModelForCausalLM.from_pretrained(pruned)
-    zeros = zeros_of(model, linears_of(model))
-    with pytest.raises(AssertionError):
-        assert_zeros_hold(train(model, OPTIMIZERS["adamw"](model.parameters())), zeros)
-
-
-@pytest.mark.parametrize("optimizer", [Noise, getattr(torch.optim, "Muon", Noise)])
-def test_zeros_hold_where_steps_do_not_go_by_the_gradient_alone(pruned: Path, optimizer: Optimizers) -> None:
-    model = AutoModelForCausalLM.from_pretrained(pruned)
-    held = hold_zeros(model)
-    zeros = zeros_of(model, held.names)
     assert_zeros_hold(train(model, optimizer([model.get_parameter(name) for name in held.names])), zeros)
 
 
@@ -204,20 +186,6 @@ def test_zeros_hold_in_a_compiled_model(pruned: Path) -> None:
         assert all(torch.equal(model.get_parameter(name) == 0, zeros[name]) for name in held.names)
 
 
-def test_zeros_hold_with_a_compiled_step() -> None:
-    model = nn.Linear(16, 16)
-    with torch.no_grad():
-        model.weight[::2] = 0
-    hold_zeros(model)
-    optimizer = Noise(model.parameters())
-    step = torch.compile(optimizer.step, backend="eager")
-    for _ in range(3):
-        model(torch.ones(1, 16)).sum().backward()
-        step()
-        assert (model.weight[::2] == 0).all()
-        assert (model.weight[1::2] != 0).all()
-
-
 def test_parameters_that_are_replaced_are_held(pruned: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(pruned)
     held = hold_zeros(model)
@@ -232,7 +200,7 @@ def test_weights_that_are_unfrozen_later_are_held(pruned: Path) -> None:
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     held = hold_zeros(model)
-    assert all(weight._mask is None for weight in held._weights)  # frozen weights cost no memory
+    assert not held._masks  # frozen weights cost no memory
     zeros = zeros_of(model, held.names)
     model.requires_grad_(True)
     assert_zeros_hold(train(model, OPTIMIZERS["sgd"](model.parameters())), zeros)
@@ -256,20 +224,15 @@ def test_a_second_call_gives_the_same_and_remove_ends_it(pruned: Path) -> None:
     assert not is_held(model)
 
 
-def test_a_model_that_nothing_uses_is_freed(pruned: Path) -> None:
+def test_a_model_that_nothing_uses_is_freed_and_its_copy_is_not_held(pruned: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(pruned)
     held = weakref.ref(hold_zeros(model))
+    assert not is_held(copy.deepcopy(model))
     reference = weakref.ref(model)
     del model
     gc.collect()
     assert reference() is None
     assert held() is None
-
-
-def test_a_copy_of_the_model_is_not_held(pruned: Path) -> None:
-    model = AutoModelForCausalLM.from_pretrained(pruned)
-    hold_zeros(model)
-    assert not is_held(copy.deepcopy(model))
 
 
 def test_apply_is_for_steps_of_other_programs(pruned: Path) -> None:
@@ -326,33 +289,17 @@ def test_without_a_record_matrices_with_zeros_are_held(pruned: Path) -> None:
     assert set(hold_zeros(other, pruned).names) == set(expected)  # by the record of this folder
 
 
+def test_few_zeros_are_found_by_the_record(tmp_path: Path) -> None:
+    model = load_model(make_pruned(tmp_path, settings={"sparsity": 0.05}))
+    assert set(hold_zeros(model).names) == set(linears_of(model))
+
+
 def test_zeros_that_training_has_filled_are_noticed(pruned: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(pruned)
     with torch.no_grad():
         model.model.layers[1].mlp.up_proj.weight.add_(1)
-    with pytest.raises(ModelError, match=r"layers\.1\.mlp\.up_proj has 0 zeros, and the run of .* pruned 1,024"):
+    with pytest.raises(ModelError, match=r"the model has [\d,]+ zeros, and the run of .* pruned"):
         hold_zeros(model)
-
-
-def test_another_structure_than_the_records_is_held_by_its_zeros(pruned: Path) -> None:
-    model = nn.Linear(8, 8)
-    with torch.no_grad():
-        model.weight[:4] = 0
-    with pytest.warns(UserWarning, match="has not the linears of .* record"):
-        assert hold_zeros(model, pruned).names == ("weight",)
-
-
-@pytest.mark.parametrize("name", ["forward", "mlp.forward", "mlp.up_proj.weight.data"])
-def test_what_a_record_names_has_to_be_a_module(pruned: Path, tmp_path: Path, name: str) -> None:
-    """A record may come from anyone."""
-    folder = shutil.copytree(pruned, tmp_path / "copy")
-    text = (folder / RECORD_NAME).read_text()
-    content = json.loads(text.replace('"mlp.up_proj"', f'"{name}"'))
-    (folder / RECORD_NAME).write_text(json.dumps(with_digest(content)))
-    model = AutoModelForCausalLM.from_pretrained(folder)
-    with pytest.warns(UserWarning, match="has not the linears of .* record"):
-        names = hold_zeros(model).names
-    assert set(names) == set(linears_of(model))
 
 
 def test_models_that_cannot_be_held(pruned: Path, tmp_path: Path) -> None:
@@ -385,11 +332,3 @@ def test_flattened_parameters_are_refused() -> None:
     with pytest.raises(SettingsError, match="flattened") as caught:
         optimizer.step()
     assert "fully_shard" in caught.value.hint
-
-
-def test_outputs_are_the_same_as_without(pruned: Path) -> None:
-    model = AutoModelForCausalLM.from_pretrained(pruned)
-    before = model(IDS).logits
-    hold_zeros(model)
-    assert torch.equal(model(IDS).logits, before)
-    assert read_folder(pruned).keys() >= set(linears_of(model))

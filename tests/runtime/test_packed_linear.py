@@ -1,143 +1,144 @@
-"""Packed linears: the parts that GPUs use, run on the CPU, against brute force; the choice between them."""
+"""Linears that stay packed in memory, float and int8, against the dense linear of the unpacked weight."""
 
 import copy
-import io
+import os
 import pickle
+import subprocess
+import sys
 import threading
+from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
+from llm_barber import native
 from llm_barber.checkpoint.encoding import pack
-from llm_barber.runtime import on_gpu, products
-from llm_barber.runtime.on_gpu import unpack_on_device
-from llm_barber.runtime.packed_linear import PackedLinear
+from llm_barber.checkpoint.rounding import pack_rounded
+from llm_barber.errors import SettingsError
+from llm_barber.native import Instructions
+from llm_barber.runtime import products
+from llm_barber.runtime.packed_linear import PackedLinear, unpack_on_device
+
+DTYPES = (torch.bfloat16, torch.float32)
+ROWS = (1, 4, 5, 8, 9, 16, 17, 40)  # of inputs: products and unpacking
 
 
-@given(rows=st.integers(1, 9), columns=st.integers(1, 70), seed=st.integers(0, 999))
-@settings(max_examples=100, deadline=None)
-def test_unpacking_by_torch(rows: int, columns: int, seed: int) -> None:
-    weight = torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))
-    weight[torch.rand(rows, columns, generator=torch.Generator().manual_seed(seed)) < 0.7] = 0
-    packed = pack(weight)
-    if packed is None:
-        return
-    linear = PackedLinear(packed, None)
-    assert torch.equal(unpack_on_device(linear.values, linear.bits, linear.shape), weight)
-    assert torch.equal(linear.weight, weight)
+@pytest.fixture(params=[None, *Instructions], ids=lambda level: "numpy" if level is None else level.name, autouse=True)
+def level(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Instructions | None:
+    """Each level of instructions that the processor has; None: the C extension was not built."""
+    if request.param is None:
+        monkeypatch.setattr(native, "library", lambda: None)
+    elif native.library() is None or request.param > native.processor_instructions():
+        pytest.skip(f"needs {request.param.name}")
+    else:
+        monkeypatch.setattr(native, "instructions", lambda: request.param)
+    return request.param
 
 
-def test_other_dtypes_and_bias() -> None:
-    weight = torch.randn(6, 16).masked_fill(torch.rand(6, 16) < 0.6, 0)
-    packed = pack(weight)
-    assert packed is not None
-    linear = PackedLinear(packed, torch.nn.Parameter(torch.randn(6))).bfloat16()
-    inputs = torch.randn(3, 16).bfloat16()
-    expected = torch.nn.functional.linear(inputs, weight.bfloat16(), linear.bias)
-    assert torch.equal(linear(inputs), expected)
-    assert expected.dtype == torch.bfloat16
-    assert "in_features=16, out_features=6" in repr(linear)
+@pytest.fixture(params=[False, True], ids=["float", "int8"])
+def rounded(request: pytest.FixtureRequest) -> bool:
+    return bool(request.param)
 
 
-def make_linear(
-    rows: int, columns: int, dtype: torch.dtype = torch.float32, bias: bool = True, seed: int = 0
-) -> tuple[PackedLinear, nn.Linear]:
-    """A packed linear, and the same dense."""
+def make_linears(
+    dtype: torch.dtype, rounded: bool = False, rows: int = 48, columns: int = 128, group: int = 128, seed: int = 0,
+    bias: bool = True,
+) -> tuple[PackedLinear, nn.Linear]:  # fmt: skip
+    """A packed linear, and the dense one that it unpacks to."""
     generator = torch.Generator().manual_seed(seed)
-    dense = nn.Linear(columns, rows, bias=bias).to(dtype).requires_grad_(False)
     weight = torch.randn(rows, columns, generator=generator)
-    dense.weight.data = weight.masked_fill(torch.rand(rows, columns, generator=generator) < 0.6, 0).to(dtype)
-    if bias:
-        dense.bias.data = torch.randn(rows, generator=generator).to(dtype)
-    packed = pack(dense.weight.data)
+    weight = weight.masked_fill(torch.rand(rows, columns, generator=generator) < 0.5, 0).to(dtype)
+    packed = pack_rounded(weight, group) if rounded else pack(weight)
     assert packed is not None
-    return PackedLinear(packed, copy.deepcopy(dense.bias)), dense
+    values = nn.Parameter(torch.randn(rows, generator=generator).to(dtype), requires_grad=False) if bias else None
+    linear = PackedLinear(packed, values)
+    assert rounded or torch.equal(linear.weight, weight)
+    return linear, copy.deepcopy(linear.dense())
 
 
-def check(linear: PackedLinear, dense: nn.Linear) -> None:
-    for rows in (1, 5, 20):
-        inputs = torch.randn(2, rows, dense.in_features, generator=torch.Generator().manual_seed(rows))
-        inputs = inputs.to(dense.weight.dtype)
-        torch.testing.assert_close(linear(inputs), dense(inputs), rtol=1e-2, atol=1e-2)
+def check(linear: nn.Module, dense: nn.Linear, dtype: torch.dtype, rows: tuple[int, ...] = ROWS) -> None:
+    """Compare products; int8 products may round their inputs."""
+    for count in rows:
+        inputs = torch.randn(count, dense.in_features, generator=torch.Generator().manual_seed(count)).to(dtype)
+        outputs, expected = linear(inputs), dense(inputs)
+        distance, size = (outputs - expected).double().norm(), expected.double().norm()
+        bound = 0.015 if getattr(linear, "group", 0) else 0.005 if dtype != torch.float32 else 1e-6
+        assert outputs.dtype == expected.dtype
+        assert distance <= bound * size
 
 
-def test_buffers_that_move_or_change() -> None:
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float16])
+@pytest.mark.parametrize(("columns", "group"), [(192, 128), (200, 64), (90, 128), (96, 24)])
+def test_products(dtype: torch.dtype, rounded: bool, columns: int, group: int) -> None:
+    for bias in (False, True):
+        linear, dense = make_linears(dtype, rounded, columns=columns, group=group, bias=bias)
+        check(linear, dense, dtype)
+        batched = torch.randn(2, 3, columns).to(dtype)
+        assert torch.equal(linear(batched).view(6, -1), linear(batched.view(6, columns)))
+        assert linear(batched[:, :0]).shape == (2, 0, 48)
+        on_device = unpack_on_device(linear.values, linear.bits, linear.shape)
+        assert rounded or torch.equal(on_device, dense.weight)
+
+
+@pytest.mark.parametrize("rows", [16, 100, 257])
+def test_blocks_equal_the_whole(rounded: bool, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whole weights, blocks of 16 rows, and blocks between."""
+    monkeypatch.setattr(products, "SHARED_ROWS", 16)
+    for dtype in DTYPES:
+        for bias in (False, True):
+            linear, dense = make_linears(dtype, rounded, rows, bias=bias)
+            for cached in (1, 10_000):
+                monkeypatch.setattr(products, "UNPACKED_BYTES", cached)
+                check(linear, dense, dtype, (33,))
+
+
+def test_buffers_that_move_or_change(rounded: bool) -> None:
     """Pointers that were taken in an earlier call are not used when tensors are in another place."""
-    linear, dense = make_linear(40, 64)
-    other, other_dense = make_linear(40, 64, seed=1)
-    check(linear, dense)
+    linear, dense = make_linears(torch.float32, rounded)
+    other, other_dense = make_linears(torch.float32, rounded, seed=1)
+    check(linear, dense, torch.float32)
     copies = [copy.deepcopy(linear), pickle.loads(pickle.dumps(linear))]
     linear.values.zero_()  # values are read where they are
-    check(linear, nn.Linear(64, 40).requires_grad_(False).to(torch.float32).apply(lambda m: fill(m, 0, dense.bias)))
-    for module_copy in copies:
-        check(module_copy, dense)
-    linear.values, linear.bits, linear.bias = other.values, other.bits, other.bias
-    check(linear, other_dense)
-    linear.bias.data = torch.zeros(40)
-    other_dense.bias.data = torch.zeros(40)
-    check(linear, other_dense)
-    check(linear.to(torch.bfloat16), other_dense.to(torch.bfloat16))
-    check(linear.to(torch.float64), other_dense.to(torch.float64))
-
-
-def fill(linear: nn.Module, value: float, bias: Tensor) -> None:
-    assert isinstance(linear, nn.Linear)
-    nn.init.constant_(linear.weight, value)
-    linear.bias.copy_(bias)
+    assert torch.equal(linear(torch.ones(1, 128))[0], linear.bias)
+    for module in copies:
+        check(module, dense, torch.float32)
+    state = {name: tensor.clone() for name, tensor in other.state_dict().items()}
+    for name, tensor in other.state_dict().items():
+        setattr(linear, name, nn.Parameter(tensor, requires_grad=False) if name == "bias" else tensor)
+    check(linear, other_dense, torch.float32)
+    spread = torch.stack([other_dense.bias, other_dense.bias], 1)[:, 0]  # a bias with gaps
+    linear.bias = nn.Parameter(spread, requires_grad=False)
+    check(linear, other_dense, torch.float32)
+    linear.load_state_dict(state)
+    check(linear, other_dense, torch.float32)
+    check(linear.to(torch.bfloat16), other_dense.to(torch.bfloat16), torch.bfloat16)
+    assert "in_features=128, out_features=48" in repr(linear)
 
 
 def test_a_state_is_loaded_in_place() -> None:
     """Another bit mask with as many values: rows begin elsewhere."""
     weight = torch.zeros(32, 64)
     weight[:16] = 1
-    packed, moved = pack(weight), pack(weight.flip(0) * 2)
-    assert packed is not None
-    assert moved is not None
-    linear, source = PackedLinear(packed, None), PackedLinear(moved, None)
-    before = torch.get_num_threads()
-    inputs = torch.ones(1, 64)
-    try:
-        torch.set_num_threads(2)
-        assert torch.equal(linear(inputs), inputs @ weight.T)
-        linear.load_state_dict(source.state_dict())
-        assert torch.equal(linear(inputs), 2 * inputs @ weight.flip(0).T)
-        inputs = torch.ones(30, 64)
-        assert torch.equal(linear(inputs), 2 * inputs @ weight.flip(0).T)
-    finally:
-        torch.set_num_threads(before)
+    linear, source = (PackedLinear(pack(part), None) for part in (weight, weight.flip(0) * 2))
+    inputs = torch.ones(30, 64)
+    assert torch.equal(linear(inputs), inputs @ weight.T)
+    linear.load_state_dict(source.state_dict())
+    for rows in (1, 30):
+        assert torch.equal(linear(inputs[:rows]), 2 * inputs[:rows] @ weight.flip(0).T)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("rows", [8, 16, 100, 257])
-def test_blocks_equal_the_whole(dtype: torch.dtype, bias: bool, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whole weights, blocks of 16 rows, and blocks between."""
-    linear, dense = make_linear(rows, 64, dtype, bias)
-    inputs = torch.randn(3, 11, 64).to(dtype)
-    monkeypatch.setattr(products, "SHARED_ROWS", 16)
-    for cached in (1, 5_000, 1 << 22):
-        monkeypatch.setattr(products, "UNPACKED_BYTES", cached)
-        torch.testing.assert_close(linear(inputs), dense(inputs), rtol=1e-2, atol=1e-2)
-    assert linear(inputs[:, :0]).shape == (3, 0, rows)
-
-
-def test_gradients_of_inputs_are_those_of_the_weight() -> None:
+def test_gradients_are_those_of_the_weight(rounded: bool) -> None:
     """Autograd keeps the weight of the first linear while the second, of the same size, is unpacked."""
-    pairs = [make_linear(32, 32, seed=seed) for seed in (0, 1)]
+    pairs = [make_linears(torch.float32, rounded, 32, 32, seed=seed) for seed in (0, 1)]
     gradients = []
     for number in (0, 1):
         inputs = torch.arange(0.0, 640).view(20, 32).requires_grad_()
+        pairs[0][number].bias.requires_grad_()
         pairs[1][number](pairs[0][number](inputs)).sin().sum().backward()
-        gradients.append(inputs.grad)
+        gradients.append((inputs.grad, pairs[0][number].bias.grad))
     torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-3)
-    linear, dense = make_linear(32, 32)
-    for layer in (linear, dense):
-        layer.bias.requires_grad_()
-        layer(torch.ones(20, 32)).sum().backward()
-    assert torch.equal(linear.bias.grad, dense.bias.grad)
 
 
 def test_threads_share_no_memory_for_unpacked_weights() -> None:
@@ -145,10 +146,10 @@ def test_threads_share_no_memory_for_unpacked_weights() -> None:
     wrong: list[int] = []
 
     def call(seed: int) -> None:
-        linear, dense = make_linear(64, 256, seed=seed)
+        linear, dense = make_linears(torch.float32, rows=64, columns=256, seed=seed)
         inputs = torch.ones(20, 256)
         expected = dense(inputs)
-        if not all(torch.allclose(linear(inputs), expected, rtol=1e-4, atol=1e-4) for _ in range(100)):
+        if not all(torch.allclose(linear(inputs), expected, rtol=1e-4, atol=1e-4) for _ in range(50)):
             wrong.append(seed)
 
     callers = [threading.Thread(target=call, args=(seed,)) for seed in range(3)]
@@ -159,32 +160,74 @@ def test_threads_share_no_memory_for_unpacked_weights() -> None:
     assert wrong == []
 
 
-def test_inputs_of_another_width_are_refused() -> None:
-    linear, _ = make_linear(8, 32)
-    for rows in (2, 40):
-        with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
-            linear(torch.ones(rows, 16))
+def test_wrong_inputs_are_refused_as_by_a_dense_linear(rounded: bool) -> None:
+    for module in make_linears(torch.bfloat16, rounded):
+        for rows in (1, 40):
+            with pytest.raises(RuntimeError, match="same dtype"):
+                module(torch.ones(rows, 128))
+            with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+                module(torch.ones(rows, 16).bfloat16())
 
 
-def test_a_linear_is_asked_for_its_device_where_its_buffers_are_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
-    """accelerate moves buffers by replacing them, and `torch.load` maps a file of a GPU to a CPU."""
-    monkeypatch.setattr(on_gpu, "has_kernels", lambda device: device.type == "meta")  # stands for a GPU
-    linear, dense = make_linear(40, 64)
-    on_cpu = dict(linear._buffers)
-    for name, buffer in on_cpu.items():
-        linear._buffers[name] = buffer.to("meta")
-    assert linear._places.usable(linear.bits)
-    linear._buffers.update(on_cpu)
-    assert not linear._places.usable(linear.bits)
-    check(linear, dense)
+def test_defaults_and_autocast_of_the_surroundings(rounded: bool) -> None:
+    before = torch.get_default_dtype()
+    for dtype in DTYPES:
+        linear, dense = make_linears(dtype, rounded)
+        with torch.autocast("cpu", torch.bfloat16):
+            for given in DTYPES:
+                assert linear(torch.ones(1, 128).to(given)).dtype == torch.bfloat16
+            inputs = torch.randn(40, 128)
+            torch.testing.assert_close(linear(inputs), dense(inputs), rtol=0.02, atol=0.1)
+        try:
+            torch.set_default_dtype(torch.float64)
+            assert linear(torch.ones(3, 128).to(dtype)).dtype == dtype
+        finally:
+            torch.set_default_dtype(before)
+        inputs = torch.ones(1, 128).to(dtype)
+        with torch.device("meta"):
+            assert linear(inputs).device.type == "cpu"
 
 
-def test_a_linear_whose_places_are_found_can_be_saved(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(on_gpu, "has_kernels", lambda _: True)
-    linear, _ = make_linear(40, 64)  # the kernels read the bits of whole words, as another dtype
-    file = io.BytesIO()
-    torch.save(linear, file)
-    file.seek(0)
-    monkeypatch.setattr(on_gpu, "has_kernels", lambda _: False)
-    again = torch.load(file, weights_only=False)
-    assert torch.equal(again.weight, linear.to("cpu").weight)
+def test_differentiation_by_torch_func_and_in_forward_mode(rounded: bool) -> None:
+    linear, dense = make_linears(torch.float32, rounded)
+    for rows in (1, 20):
+        inputs, tangent = torch.randn(2, rows, 128).unbind()
+        with torch.no_grad(), forward_ad.dual_level():
+            outputs = forward_ad.unpack_dual(linear(forward_ad.make_dual(inputs, tangent)))
+        torch.testing.assert_close(outputs.tangent, nn.functional.linear(tangent, dense.weight))
+        torch.testing.assert_close(torch.func.vmap(linear)(inputs), dense(inputs))
+
+        def total(module: nn.Module, inputs: Tensor = inputs) -> Any:
+            return torch.func.grad(lambda given: module(given).square().sum())(inputs)
+
+        torch.testing.assert_close(total(linear), total(dense))
+
+
+def test_tracing_is_refused(rounded: bool) -> None:
+    linear, _ = make_linears(torch.float32, rounded)
+    with pytest.raises(SettingsError, match=r"torch\.jit\.trace does not see"):
+        torch.jit.trace(linear, torch.ones(1, 128))
+
+
+FORK = """
+import os, sys, torch
+from llm_barber.checkpoint.encoding import pack
+from llm_barber.runtime.packed_linear import PackedLinear
+
+torch.set_num_threads(2)
+weight = torch.randn(1024, 1024).bfloat16().masked_fill(torch.rand(1024, 1024) < 0.5, 0)
+linear = PackedLinear(pack(weight), None)
+inputs = torch.randn(1, 1024).bfloat16()
+torch.randn(4_000_000).exp_()  # PyTorch has started its threads
+child = os.fork()
+if child == 0:
+    linear(inputs)
+    os._exit(0)
+sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+
+
+def test_the_first_product_in_a_forked_process(level: Instructions | None) -> None:
+    if level is not Instructions.AVX2:
+        pytest.skip("the process has instructions of its own: once is enough")
+    subprocess.run([sys.executable, "-c", FORK], check=True, timeout=120, env={**os.environ, "OMP_NUM_THREADS": "2"})

@@ -113,7 +113,7 @@ def test_models_side_by_side_are_those_of_one_after_the_other(
     methods = {name: DEMO_METHODS[name] for name in ("wanda", "paper")}
     rows = {}
     for count in (1, 2):
-        monkeypatch.setattr("llm_barber.tools.demo._models_at_a_time", lambda _, count=count: count)
+        monkeypatch.setattr("llm_barber.tools.demo.AT_A_TIME", count)
         config = DemoConfig(output=tmp_path / str(count), model=str(tiny), samples=2, seqlen=16, windows=2)
         rows[count] = demo(config, methods=methods)
     assert [row.name for row in rows[2]] == ["dense", *methods]

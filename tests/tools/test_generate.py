@@ -2,6 +2,7 @@
 
 import io
 import json
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,13 +16,13 @@ from llm_barber import GenerateConfig, Generation, PackConfig, PruneConfig, gene
 from llm_barber.errors import BarberError, CalibrationError, ModelError, SettingsError
 from llm_barber.progress import Silent
 from llm_barber.settings.generate import KeepPacked
-from llm_barber.tools import decoding, writer
-from llm_barber.tools.decoding import Clock, decode, settings_of_generation, speeds
+from llm_barber.tools.generate import Clock
 from llm_barber.tools.generation import Speed
 from llm_barber.tools.prompt import prompt_tokens, read_prompt
 from tests.conftest import Listener, change_json, load_model, make_model, save_tokens
 from tests.helpers.text import add_tokenizer
 
+MODULE = sys.modules["llm_barber.tools.generate"]
 PROMPT = "Once upon"
 TEMPLATE = "{{ bos_token }}<{{ messages[0]['content'] }}>{% if add_generation_prompt %}:{% endif %}"
 
@@ -99,57 +100,42 @@ def test_speeds_are_those_of_the_fastest_round() -> None:
 def test_the_clock_does_not_count_the_time_of_the_text(monkeypatch: pytest.MonkeyPatch) -> None:
     # Calls: of the prompt, and then of three tokens, each when it comes and after its text.
     times = iter([10.0, 10.5, 12.5, 13.5, 14.5, 14.75, 15.75, 16.0])
-    monkeypatch.setattr(decoding.time, "perf_counter", lambda: next(times))
-    clock = Clock(decoding.CountedTokens(lambda: None))
+    monkeypatch.setattr(MODULE.time, "perf_counter", lambda: next(times))
+    clock = Clock(None)
     clock.put(torch.tensor([[1, 2, 3]]))
     for token in (7, 8, 9):
         clock.put(torch.tensor([token]))
     assert clock.tokens == [7, 8, 9]
     assert clock.prefill_seconds() == 2.0  # 12.5 - 10 - 0.5
     assert clock.decode_seconds() == 2.0  # 15.75 - 12.5 - 1 - 0.25
-    prefill, after = speeds(3, [clock])
-    assert (prefill, after) == (Speed(tokens=3, seconds=(2.0,)), Speed(tokens=2, seconds=(2.0,)))
 
 
-def test_given_tokens_are_written_whatever_the_model_would_choose(model: Path) -> None:
-    loaded = load_model(model)
-    tokens = [5, 94, 5, 7]
-    clock = Clock()
-    assert decode(loaded, torch.tensor([[1, 2, 3]]), settings_of_generation(4), clock, tokens)
-    assert clock.tokens == tokens != greedy(model, tokens=4)
-
-
-def test_two_models_are_timed_in_turn_on_the_same_tokens(
-    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_two_models_are_timed_in_turn(tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many tokens as the first model's text has, though it would end its text there."""
     other = make_model(tmp_path / "other", "llama", seed=1)  # without a tokenizer
-    ended = greedy(model)[2]
-    change_json(model / "config.json", eos_token_id=ended)
+    change_json(model / "config.json", eos_token_id=greedy(model)[2])
     calls: list[tuple[int, list[int]]] = []
-    plain = decoding.decode
+    plain = MODULE._decode
 
-    def noted(model: Any, prompt: Any, settings: Any, clock: Clock, tokens: Any = ()) -> bool:
-        done = plain(model, prompt, settings, clock, tokens)
+    def noted(model: Any, prompt: Any, settings: Any, clock: Clock) -> bool:
+        done = plain(model, prompt, settings, clock)
         calls.append((id(model), clock.tokens))
-        return done
+        return bool(done)
 
-    monkeypatch.setattr("llm_barber.tools.generate.decode", noted)
-    monkeypatch.setattr(writer, "decode", noted)
+    monkeypatch.setattr(MODULE, "_decode", noted)
     result = run(model, against=str(other), repeats=3, dtype="float32")
     assert result.against is not None
     assert result.against.model == str(other)
     assert list(result.against.tokens) == greedy_of(other, model)
     (first, text), (second, _), *rounds = calls
     assert [model for model, _ in rounds] == [first, second, second, first, first, second]
-    assert text[-1] == ended
-    assert all(tokens == (text * 8)[:8] for _, tokens in rounds)
+    assert all(len(tokens) == len(text) for _, tokens in rounds)
     for side in (result.generated, result.against):
         assert side.decode is not None
-        assert (len(side.prefill.seconds), len(side.decode.seconds), side.decode.tokens) == (3, 3, 7)
-    assert result.generated.decode is not None
-    assert result.against.decode is not None
-    fastest = [7 / min(speed.seconds) for speed in (result.generated.decode, result.against.decode)]
-    assert result.decode_ratio == pytest.approx(fastest[0] / fastest[1])
+        assert (len(side.prefill.seconds), len(side.decode.seconds)) == (3, 3)
+        assert side.decode.tokens == len(text) - 1
+    fastest = [min(side.decode.seconds) for side in (result.generated, result.against)]
+    assert result.decode_ratio == pytest.approx(fastest[1] / fastest[0])
     assert result.prefill_ratio is not None
 
 
@@ -178,7 +164,7 @@ def test_packed_linears_stay_packed_as_they_are_told(tmp_path: Path, monkeypatch
     assert run(packed, keep_packed=False).generated.packed_linears == 0
     asked: list[object] = []
     monkeypatch.setattr(
-        writer, "load", lambda model, keep_packed, *rest, **more: asked.append(keep_packed) or load(model)
+        MODULE, "load", lambda model, keep_packed, *rest, **more: asked.append(keep_packed) or load(model)
     )
     for choice, value in (("auto", "auto"), ("yes", True), ("no", False)):
         run(packed, against=str(packed), keep_packed=choice, repeats=1)

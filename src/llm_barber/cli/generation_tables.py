@@ -87,7 +87,7 @@ def _notes(generation: Generation) -> list[str]:
     times = f"fastest of {rounds} rounds" if rounds > 1 else "one round"
     return [
         f"prompt: {counted(prefill.tokens, 'token')}{template}",
-        f"speeds: {times} of {counted(tokens, 'token')}, in turn, the same for both",
+        f"speeds: {times} of {counted(tokens, 'token')}, in turn",
         f"{_computed(generation)}{_packed(generation.generated)}",
     ]
 

@@ -19,8 +19,7 @@ from llm_barber.model.architecture import kind_of
 from llm_barber.record.report import RunReport
 from llm_barber.run.dry_run import DryRun
 from llm_barber.settings.demo import DemoConfig
-from llm_barber.tools.demo import PICTURE, next_commands
-from llm_barber.tools.demo_row import DemoRow
+from llm_barber.tools.demo import PICTURE, DemoRow, next_commands
 from llm_barber.tools.inspection import Inspection, LinearInspection
 from llm_barber.tools.packing import PackReport
 from llm_barber.usage import readable_bytes

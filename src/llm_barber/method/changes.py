@@ -1,8 +1,6 @@
 """Changes of the kept weights of a linear, which Adam tunes (`tuned_parameters.py`).
 
-A value is W + r · c · Δ. Δ is the change; its step size is r · c, a factor of the row times a factor of the column. C
-computes the value in one pass on a CPU, where the extension was built; elsewhere PyTorch's operations do. The bits are
-the same.
+A value is W + r · c · Δ. Δ is the change; its step size is r · c, a factor of the row times a factor of the column.
 """
 
 import torch
@@ -10,7 +8,6 @@ from torch import Tensor
 
 from llm_barber.masking.by_rows import multiply
 from llm_barber.masking.selection import apply_mask
-from llm_barber.native.changes import DTYPES, ChangedByC
 
 
 class Changes:
@@ -28,9 +25,6 @@ class Changes:
     def __init__(self, values: Tensor, row_steps: Tensor, column_steps: Tensor) -> None:
         self.parameter = torch.zeros_like(values, dtype=torch.float32, requires_grad=True)
         self._row_steps, self._column_steps = row_steps, column_steps.unsqueeze(1)
-        self._by_c: ChangedByC | None = None
-        if len(row_steps) == 1 and ChangedByC.can_change(values, self.parameter):
-            self._by_c = ChangedByC(self.parameter.detach(), row_steps[0], column_steps)
 
     def values(self, values: Tensor, dtype: torch.dtype, keep: Tensor | None = None) -> Tensor:
         """Changed values, in a dtype.
@@ -43,8 +37,6 @@ class Changes:
         Returns:
             (n · out, in).
         """
-        if self._by_c is not None and keep is not None and dtype in DTYPES:
-            return self._by_c.values(values, dtype, keep)
         changed = self._changed(values).to(dtype)
         return changed if keep is None else apply_mask(changed, keep)
 
@@ -53,18 +45,12 @@ class Changes:
 
         `free`: bool, True where a value may change.
         """
-        if self._by_c is not None:
-            self.parameter.grad = self._by_c.gradient(gradient, free)
-        else:
-            scaled = (self._by_linear(gradient) * self._row_steps).mul_(self._column_steps)
-            self.parameter.grad = scaled.flatten(0, 1).mul_(free)
+        scaled = (self._by_linear(gradient) * self._row_steps).mul_(self._column_steps)
+        self.parameter.grad = scaled.flatten(0, 1).mul_(free)
 
     def multiply(self, gradient: Tensor, values: Tensor) -> Tensor:
         """Multiply the gradient by the changed values in place; all float32 but the values, (n · out, in)."""
-        if self._by_c is None:
-            return multiply(gradient, self._changed(values))
-        self._by_c.multiply(gradient, values)
-        return gradient
+        return multiply(gradient, self._changed(values))
 
     def _changed(self, values: Tensor) -> Tensor:
         """Changed values, float32, (n · out, in)."""

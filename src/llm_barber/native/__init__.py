@@ -1,4 +1,4 @@
-"""Functions of `packed.c`, if it was built and the processor has AVX2.
+"""Functions of the C files, if they were built and the processor has AVX2: bit masks, and the values that they keep.
 
 The extension is optional: an install without a C compiler succeeds, and NumPy then computes the same, more slowly.
 Sizes are checked here, not in C.
@@ -17,6 +17,7 @@ import numpy as np
 
 from llm_barber.errors import SettingsError
 
+VERSION = 1  # of the C functions and their arguments: `VERSION` of `packed.c`
 ITEMS = (2, 4)  # bytes of a weight
 # Layouts of the codes of 2:4 and 4:8: bytes of codes, bytes of the bit mask that they encode, bits that encode a byte.
 LAYOUTS = ((3, 4, 6), (7, 8, 7))
@@ -30,18 +31,18 @@ class Instructions(IntEnum):
     """Instructions for products, each with those before it."""
 
     AVX2 = 0
-    AVX512 = 1  # AVX-512 with VBMI2
-    AVX512BF16 = 2
+    AVX512 = 1  # AVX-512 with VBMI2 and VNNI, for int8 values
+    AVX512BF16 = 2  # for bfloat16
     AMX = 3  # for bfloat16
 
 
 @cache
 def library() -> ctypes.CDLL | None:
-    """Load the library; None if it was not built, or cannot be used."""
+    """Load the library; None if it was not built, is of another version, or cannot be used."""
     for path in sorted(Path(__file__).parent.glob("_packed*.so")):
         try:
             loaded = ctypes.CDLL(str(path))
-            if loaded.packed_start():
+            if loaded.packed_start() == VERSION:
                 return loaded
         except (OSError, AttributeError):  # the file is of another platform, or damaged
             continue
@@ -55,13 +56,11 @@ def instructions() -> Instructions:
     Raises:
         SettingsError: the variable holds something else.
     """
-    present, level = processor_instructions(), usable_instructions()
+    level = usable_instructions()
     if library() is None:
         logger.info("packed weights: unpacked by NumPy, since the C extension is missing or the processor lacks AVX2")
-    elif present == Instructions.AVX2:
-        logger.info("packed weights: AVX2, since the processor lacks AVX-512 with VBMI2, or the C extension is old")
     else:
-        logger.info("packed weights: %s; the processor has %s", level.name, present.name)
+        logger.info("packed weights: %s; the processor has %s", level.name, processor_instructions().name)
     return level
 
 
@@ -71,30 +70,24 @@ def usable_instructions() -> Instructions:
     Raises:
         SettingsError: the environment variable holds something else.
     """
-    return _limited(processor_instructions())
-
-
-def processor_instructions() -> Instructions:
-    """Instructions that the processor and the extension have."""
-    loaded = library()
-    find_level = getattr(loaded, "packed_instructions", None)  # an extension that was built earlier lacks it
-    return Instructions(find_level() if find_level is not None else 0)
-
-
-def _limited(level: Instructions) -> Instructions:
-    """Instructions after the environment variable."""
     limit = os.environ.get(ISA, "")
     if not limit:
-        return level
+        return processor_instructions()
     try:
-        return min(level, Instructions[limit.upper()])
+        return min(processor_instructions(), Instructions[limit.upper()])
     except KeyError:
         names = ", ".join(name.name.lower() for name in Instructions)
         raise SettingsError(f"no instructions are called {ISA}={limit}", f"use one of {names}, or unset it") from None
 
 
+def processor_instructions() -> Instructions:
+    """Instructions that the processor has; AVX2 where there is no library."""
+    loaded = library()
+    return Instructions.AVX2 if loaded is None else Instructions(loaded.packed_instructions())
+
+
 def find_function(name: str, *types: Any, result: Any = None) -> Callable[..., Any] | None:
-    """Find C's `packed_{name}`; None if the extension was not built, or was built before it had this function.
+    """Find C's `packed_{name}`; None if the extension was not built, or has no such function.
 
     Args:
         name: name of the function.
@@ -120,7 +113,7 @@ def find(flat: np.ndarray, bits: np.ndarray) -> None:
         bits: uint8, (weights / 8,).
     """
     _check(flat, bits)
-    _call("find", flat, flat.ctypes, len(flat), bits.ctypes)
+    _call("find", flat.ctypes, len(flat), bits.ctypes, flat.itemsize)
 
 
 def take(flat: np.ndarray, bits: np.ndarray, values: np.ndarray) -> None:
@@ -132,14 +125,13 @@ def take(flat: np.ndarray, bits: np.ndarray, values: np.ndarray) -> None:
         values: (kept,), one value for each set bit.
     """
     _check(flat, bits, values)
-    _call("take", flat, flat.ctypes, bits.ctypes, len(flat), values.ctypes, len(values))
+    _call("take", flat.ctypes, bits.ctypes, len(flat), values.ctypes, len(values), flat.itemsize)
 
 
 def put(values: np.ndarray, bits: np.ndarray, flat: np.ndarray) -> None:
     """Undo `take`: write the values where a bit is set, and zeros elsewhere."""
     _check(flat, bits, values)
-    variant = "_512" if instructions() > Instructions.AVX2 else ""
-    _call("put", flat, values.ctypes, len(values), bits.ctypes, len(flat), flat.ctypes, variant=variant)
+    _call("put", values.ctypes, len(values), bits.ctypes, len(flat), flat.ctypes, flat.itemsize, int(instructions()))
 
 
 def join(mask: np.ndarray, table: np.ndarray, layout: tuple[int, int, int], codes: np.ndarray) -> None:
@@ -180,8 +172,7 @@ def _by_table(
     ):
         raise ValueError("a table, a mask and codes that do not fit together")
     source, target = (mask, codes) if name == "join" else (codes, mask)
-    function = getattr(library(), f"packed_{name}")
-    function(source.ctypes, table.ctypes, ctypes.c_size_t(units), target.ctypes, code_bytes)
+    _call(name, source.ctypes, table.ctypes, units, target.ctypes, code_bytes)
 
 
 def _check(flat: np.ndarray, bits: np.ndarray, values: np.ndarray | None = None) -> None:
@@ -192,7 +183,7 @@ def _check(flat: np.ndarray, bits: np.ndarray, values: np.ndarray | None = None)
         raise ValueError(f"values of {values.dtype} for weights of {flat.dtype}, or with gaps")
 
 
-def _call(name: str, flat: np.ndarray, *arguments: object, variant: str = "") -> None:
-    """Call the C function for the size of the weights, in a variant."""
-    function = getattr(library(), f"packed_{name}{8 * flat.itemsize}{variant}")
+def _call(name: str, *arguments: object) -> None:
+    """Call the C function."""
+    function = getattr(library(), f"packed_{name}")
     function(*(ctypes.c_size_t(value) if isinstance(value, int) else value for value in arguments))

@@ -8,14 +8,14 @@
  * Rounding: sums are float32, in the order of the columns; outputs are rounded once, after the bias. Numbers below 2⁻¹²⁶
  * are flushed to zero.
  */
-#include "rounded.h"
+#include "packed.h"
 
 #if defined(__x86_64__) && defined(__linux__) && (defined(__clang__) ? __clang_major__ >= 12 : __GNUC__ >= 11)
 #include <cpuid.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
-#define TARGET_AMX __attribute__((target("avx512f,avx512bw,avx512vl,avx512vbmi2,avx512bf16,amx-tile,amx-bf16,popcnt,fma")))
+#define TARGET_AMX __attribute__((target(AVX512 ",avx512bf16,amx-tile,amx-bf16")))
 #define STEP 32        /* columns of a tile */
 #define TILE_BYTES 1024
 #define PAIR_ROWS 32   /* rows of W that are unpacked together: two tiles */
@@ -30,8 +30,7 @@ int packed_amx_start(void) {
 }
 
 typedef struct {
-    const packed_t *weight;   /* without values, if `rounded` has them */
-    const rounded_t *rounded; /* or NULL */
+    const packed_t *weight;
     const uint16_t *inputs;
     uint16_t *outputs;
     size_t tokens, steps, tiles; /* columns and tokens in whole tiles */
@@ -39,11 +38,10 @@ typedef struct {
     uint8_t *arranged, *unpacked;
 } amx_t;
 
-/* Bytes of an unpacked row. There is a step more than the row has: `restore_row` writes up to 32 columns into it, and rows
- * lie in different sets of the cache. */
+/* Bytes of an unpacked row. There is a step more than the row has, so that rows lie in different sets of the cache. */
 static size_t row_bytes(size_t steps) { return (steps + 1) * 64; }
 
-/* Bytes of the memory that `packed_amx_multiply` and `packed_amx_multiply_rounded` work in. */
+/* Bytes of the memory that `packed_amx_multiply` works in. */
 size_t packed_amx_scratch(size_t columns, size_t tokens, int parts) {
     const size_t steps = (columns + STEP - 1) / STEP, tiles = (tokens + 15) / 16;
     return tiles * steps * TILE_BYTES + (size_t)parts * PAIR_ROWS * row_bytes(steps);
@@ -87,53 +85,6 @@ TARGET_AMX static void arrange(const void *task, int part) {
         transpose(rows);
         for (int i = 0; i < 16; i++) _mm512_store_si512(p->arranged + k * TILE_BYTES + 64 * i, rows[i]);
     }
-}
-
-/* Writes a row of W, in whole steps, and returns the number of the next row's first value. */
-TARGET_AMX INLINE size_t unpack_row(const packed_t *w, size_t row, size_t next, uint16_t *into) {
-    const size_t columns = w->columns, kept = w->kept;
-    const uint16_t *values = w->values;
-    const uint8_t *bits = w->bits + row * columns / 8;
-    size_t c = 0;
-    for (; c + STEP <= columns && next + STEP <= kept; c += STEP, bits += 4) {
-        uint32_t mask;
-        memcpy(&mask, bits, 4);
-        prefetch(values + next, bits);
-        _mm512_store_si512(into + c, expand16(mask, _mm512_loadu_si512(values + next)));
-        next += (size_t)_mm_popcnt_u32(mask);
-    }
-    for (; c < columns; c += STEP, bits += 4) {
-        const uint32_t mask = mask_of(bits, columns - c);
-        _mm512_store_si512(into + c, expand16(mask, next_values16(values + next, left_of(kept, next))));
-        next += (size_t)_mm_popcnt_u32(mask);
-    }
-    return next;
-}
-
-TARGET_AMX INLINE __m512 times_scale(__m128i values, __m512 scale) {
-    const __m512 largest = _mm512_castsi512_ps(_mm512_set1_epi32(0x7f7f0000)); /* the largest bfloat16 number */
-    const __m512 weights = _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(values)), scale);
-    return _mm512_max_ps(_mm512_min_ps(weights, largest), _mm512_sub_ps(_mm512_setzero_ps(), largest));
-}
-
-/* Writes a row of W whose values are int8 as bfloat16: value times scale, rounded once. The last step may reach into the
- * additional step of the memory's row. */
-TARGET_AMX INLINE size_t restore_row(const rounded_t *w, size_t row, size_t next, uint16_t *into) {
-    const uint8_t *bits = w->bits + row * w->columns / 8;
-    for (size_t c = 0; c < w->columns; c += ROUNDED_STEP, bits += ROUNDED_STEP / 8) {
-        const uint64_t mask = mask_of64(bits, w->columns - c);
-        prefetch(w->values + next, bits);
-        const __m512i values = expand8(mask, w->values + next, left_of(w->kept, next));
-        const __m512 scale = _mm512_set1_ps(from_bfloat16(w->scales[row * w->groups + c / w->group]));
-        next += (size_t)_mm_popcnt_u64(mask);
-        for (int half = 0; half < 2; half++) {
-            const __m256i part = half ? _mm512_extracti64x4_epi64(values, 1) : _mm512_castsi512_si256(values);
-            const __m512 low = times_scale(_mm256_castsi256_si128(part), scale);
-            const __m512 high = times_scale(_mm256_extracti128_si256(part, 1), scale);
-            _mm512_store_si512(into + c + 32 * half, (__m512i)_mm512_cvtne2ps_pbh(high, low));
-        }
-    }
-    return next;
 }
 
 /* Writes 16 rows of outputs of 16 tokens, rounded: sums[row][token]. Rows and tokens that do not exist are left out. */
@@ -180,7 +131,8 @@ TARGET_AMX static void multiply_part(const void *task, int part) {
     const amx_t *p = task;
     const packed_t *w = p->weight;
     const size_t stride = row_bytes(p->steps), half = 16 * stride;
-    const size_t last = packed_first_block(w, part + 1, p->parts);
+    const size_t blocks_of_all = (w->rows + BLOCK_ROWS - 1) / BLOCK_ROWS, row_end = p->steps * STEP - w->columns;
+    const size_t last = packed_first_of_part(blocks_of_all, part + 1, p->parts);
     uint8_t *unpacked = p->unpacked + (size_t)part * PAIR_ROWS * stride;
     float sums[4][256] __attribute__((aligned(64)));
     struct {
@@ -190,13 +142,14 @@ TARGET_AMX static void multiply_part(const void *task, int part) {
     } configuration __attribute__((aligned(64))) = {.palette = 1};
     for (int tile = 0; tile < 8; tile++) configuration.bytes[tile] = 64, configuration.rows[tile] = 16;
     _tile_loadconfig(&configuration);
-    for (size_t block = packed_first_block(w, part, p->parts); block < last; block += 2) {
+    for (size_t block = packed_first_of_part(blocks_of_all, part, p->parts); block < last; block += 2) {
         const size_t row = block * BLOCK_ROWS, blocks = last - block < 2 ? 1 : 2;
         const size_t end = row + blocks * BLOCK_ROWS < w->rows ? row + blocks * BLOCK_ROWS : w->rows;
         size_t next = (size_t)w->block_starts[block];
         for (size_t r = row; r < end; r++) {
             uint16_t *into = (uint16_t *)(unpacked + (r - row) * stride);
-            next = p->rounded ? restore_row(p->rounded, r, next, into) : unpack_row(w, r, next, into);
+            next = packed_unpack_row(w, r, next, into);
+            memset(into + w->columns, 0, row_end * 2); /* of the last tile */
         }
         for (size_t tile = 0; tile < p->tiles; tile += 2) {
             const int pair = tile + 1 < p->tiles;
@@ -230,29 +183,14 @@ TARGET_AMX static void multiply_part(const void *task, int part) {
     _tile_release();
 }
 
-static void multiply(const packed_t *weight, const rounded_t *rounded, const uint16_t *inputs, uint16_t *outputs,
-                     size_t tokens, int parts, uint8_t *scratch) {
-    const size_t steps = (weight->columns + STEP - 1) / STEP, tiles = (tokens + 15) / 16;
-    const amx_t task = {weight,  rounded, inputs, outputs, tokens, steps,
-                        tiles,   parts,   scratch, scratch + tiles * steps * TILE_BYTES};
-    packed_run_parts(weight->openmp, parts, arrange, &task);
-    packed_run_parts(weight->openmp, parts, multiply_part, &task);
-}
-
-/* Computes the product of `tokens` rows of inputs in `parts` parts. `scratch` has `packed_amx_scratch` bytes, and is
- * aligned to 64 bytes. */
+/* Computes the product of `tokens` rows of inputs in `parts` parts; inputs are not rounded. `scratch` has
+ * `packed_amx_scratch` bytes, and is aligned to 64 bytes. */
 void packed_amx_multiply(const packed_t *weight, const uint16_t *inputs, uint16_t *outputs, size_t tokens, int parts,
                          uint8_t *scratch) {
-    multiply(weight, NULL, inputs, outputs, tokens, parts, scratch);
-}
-
-/* Computes the same with int8 values; inputs are not rounded. */
-void packed_amx_multiply_rounded(const rounded_t *weight, const uint16_t *inputs, uint16_t *outputs, size_t tokens,
-                                 int parts, uint8_t *scratch) {
-    const packed_t as_packed = {.bits = weight->bits, .bias = weight->bias, .block_starts = weight->block_starts,
-                                .openmp = weight->openmp, .rows = weight->rows, .columns = weight->columns,
-                                .kept = weight->kept};
-    multiply(&as_packed, weight, inputs, outputs, tokens, parts, scratch);
+    const size_t steps = (weight->columns + STEP - 1) / STEP, tiles = (tokens + 15) / 16;
+    const amx_t task = {weight, inputs, outputs, tokens, steps, tiles, parts, scratch, scratch + tiles * steps * TILE_BYTES};
+    packed_run_parts(weight->openmp, parts, arrange, &task);
+    packed_run_parts(weight->openmp, parts, multiply_part, &task);
 }
 #else
 int packed_amx_start(void) { return 0; }

@@ -1,19 +1,17 @@
 /* The score of the `count`-th lowest member of each group, without sorting. `borders.py` describes the arguments.
  *
  * A sorted sample of a group brackets the border: one pass counts the members below the bracket, and copies those within.
- * These are counted in bins of equal width, and those of the border's bin are selected among. Where the bracket misses
- * the border, or most members of a bin are equal, members are selected by the bytes of their scores, in at most five
- * passes. No order of members takes longer.
+ * These are counted in 256 bins of equal width of their bits, then those of the border's bin, until few are left. Where the
+ * bracket misses the border, all members are counted so. No order of members takes more than four such passes.
  */
 #include <math.h>
 #include <stddef.h>
 #include <stdint.h>
 #include <string.h>
 
-#include "avx512.h"
+#include "packed.h"
 
 #if defined(__x86_64__) && defined(__GNUC__)
-#define BINS 256
 #define SPARE 16      /* floats that may be written behind the members of `scratch`; `SPARE` of `borders.py` */
 #define FEW 32        /* members that are sorted */
 #define LONG 4096     /* members of a group that are worth a large sample */
@@ -59,44 +57,24 @@ static uint32_t ordered_bits(float score) {
     return bits ^ (bits >> 31 ? 0xFFFFFFFFu : 0x80000000u);
 }
 
-/* The bin of the `rank`-th member; `rank` becomes its rank within the bin. */
-static size_t find_bin(const size_t *sizes, size_t *rank) {
-    size_t bin = 0;
-    for (; *rank > sizes[bin]; bin++) *rank -= sizes[bin];
-    return bin;
-}
-
-/* Selects among `count` members by one byte of their bits after the other; changes their order. */
-static selected_t select_by_bytes(float *scores, size_t count, size_t rank) {
-    for (int shift = 24; shift >= 0 && count > FEW; shift -= 8) {
+/* Selects among `count` members whose bits are from `low` to `high`, in bins of equal width; changes their order. */
+static selected_t select_by_bins(float *scores, size_t count, size_t rank, uint32_t low, uint32_t high) {
+    while (count > FEW && low < high) {
+        const int width = 32 - __builtin_clz(high - low), shift = width > 8 ? width - 8 : 0;
         size_t sizes[256] = {0}, kept = 0;
-        for (size_t i = 0; i < count; i++) sizes[ordered_bits(scores[i]) >> shift & 255]++;
-        const size_t bin = find_bin(sizes, &rank);
+        uint32_t bin = 0;
+        for (size_t i = 0; i < count; i++) sizes[(ordered_bits(scores[i]) - low) >> shift]++;
+        for (; rank > sizes[bin]; bin++) rank -= sizes[bin];
         for (size_t i = 0; i < count; i++) {
             const float score = scores[i];
             scores[kept] = score;
-            kept += (ordered_bits(score) >> shift & 255) == bin;
+            kept += (ordered_bits(score) - low) >> shift == bin;
         }
-        count = kept;
+        count = kept, low += bin << shift, high = low + (uint32_t)((1u << shift) - 1);
     }
     if (count > FEW) return (selected_t){scores[0], count > rank}; /* all are equal */
     sort(scores, count);
     return (selected_t){scores[rank - 1], rank < count && scores[rank] == scores[rank - 1]};
-}
-
-/* Selects among `count` members from `low` to `high`. */
-static selected_t select_by_bins(float *scores, size_t count, size_t rank, float low, float high) {
-    const float scale = BINS / (high - low);
-    if (!(scale > 0) || !(scale < INFINITY) || count <= FEW) return select_by_bytes(scores, count, rank);
-    size_t sizes[BINS + 1] = {0}, kept = 0; /* the last one has `high` alone, and what rounding makes as high */
-    for (size_t i = 0; i < count; i++) sizes[(size_t)((scores[i] - low) * scale)]++;
-    const size_t bin = find_bin(sizes, &rank);
-    for (size_t i = 0; i < count; i++) {
-        const float score = scores[i];
-        scores[kept] = score;
-        kept += (size_t)((score - low) * scale) == bin;
-    }
-    return select_by_bytes(scores, kept, rank);
 }
 
 /* Copies the members from `low` to `high`, and counts them and those `below`. */
@@ -142,9 +120,10 @@ static selected_t select_of_group(const float *scores, size_t members, size_t co
     }
     size_t below = 0;
     const size_t within = (level ? copy_within_512 : copy_within)(scores, members, low, high, scratch, &below);
-    if (below < count && count <= below + within) return select_by_bins(scratch, within, count - below, low, high);
+    if (below < count && count <= below + within)
+        return select_by_bins(scratch, within, count - below, ordered_bits(low), ordered_bits(high));
     memcpy(scratch, scores, members * sizeof(float));
-    return select_by_bytes(scratch, members, count);
+    return select_by_bins(scratch, members, count, ordered_bits(-INFINITY), ordered_bits(INFINITY));
 }
 
 static void find_part(const void *task, int part) {

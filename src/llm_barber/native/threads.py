@@ -13,7 +13,7 @@ logger = logging.getLogger(__name__)
 
 
 class _OpenMP(ctypes.Structure):
-    """`openmp_t` of `avx512.h`."""
+    """`openmp_t` of `packed.h`."""
 
     _fields_ = tuple((name, ctypes.c_void_p) for name in ("parallel", "thread_number", "thread_count"))
 

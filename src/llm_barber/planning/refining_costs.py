@@ -2,7 +2,6 @@
 
 from llm_barber.masking.gram import gram_flops
 from llm_barber.method.refine_linear import DAMPINGS, STEPS_A_DAMPING, UNGUARDED_STEPS
-from llm_barber.native.changes import ChangedByC
 from llm_barber.planning.initial_costs import RANKING, ranking_work, statistics_work
 from llm_barber.planning.passes import (
     BACKWARD_ATTENTION,
@@ -20,7 +19,7 @@ from llm_barber.planning.shapes import BlockShapes, LayerShapes
 from llm_barber.planning.work import NO_WORK, Work
 
 # Bytes that a CPU moves for each weight and step: masked copy, its gradient, Adam; twice as many where masks and values
-# are tuned, unless C computes the values.
+# are tuned.
 TUNING = 80
 # Bytes that a GPU moves for each weight when tuning begins: for scores, and for changes of values.
 SCORES, CHANGES = 250, 320
@@ -133,5 +132,5 @@ def _step_bytes(recipe: Recipe) -> float:
     assert recipe.refine is not None
     both = recipe.refine.tunes_masks and recipe.refine.tunes_weights
     if recipe.on_cpu:
-        return TUNING if ChangedByC.can_change() else TUNING * (1 + both)
+        return TUNING * (1 + both)
     return ADAM + BOTH * both

@@ -23,19 +23,15 @@ from llm_barber.messages import message
 from llm_barber.native import Instructions
 from llm_barber.runtime.packed_linear import PackedLinear
 from llm_barber.runtime.products import SHARED_ROWS
-from llm_barber.runtime.rounded_linear import RoundedLinear
 
 CPU = torch.device("cpu")
 KeepPacked = bool | Literal["auto"] | Mapping[str, bool]
 
 PROMPT, NEW = 256, 256  # tokens of the conversation
 GAIN = 0.97  # packed weights must take at most this share of the dense time, so that noise does not decide
-NEARLY = 0.05  # shapes are timed again where the share of kept weights differs by more
 SECONDS = 0.04  # of one weight's rounds; the last round may go on beyond them
 ROUNDS = 20
-PROBE = 32  # rows of a first product, by which rows of the prompt are chosen
-LONGEST = 0.02  # seconds of a product; a prompt that takes longer is cut to fewer rows
-MOST_SECONDS = 0.5  # of all measurements; after that only new shapes are timed: together less than a second
+TIMED_ROWS = 64  # of a prompt
 TIMED_WEIGHTS = 1 << 22  # larger weights are timed by their first rows
 CACHED_BYTES = 1 << 22  # more than a core's own cache: what was in it must be read again
 
@@ -104,8 +100,7 @@ class Choice:
         self._keep_packed = keep_packed
         self._measure = measure or self._measure_here
         self._dtype = dtype
-        self._timed: list[tuple[tuple[tuple[int, int], torch.dtype], float, bool]] = []  # shape, share, packed?
-        self._seconds = 0.0  # of all measurements
+        self._timed: dict[tuple[tuple[int, int], torch.dtype], bool] = {}  # by shape and dtype of values: packed?
         if isinstance(keep_packed, Mapping):
             self._check_names(keep_packed)
 
@@ -154,24 +149,18 @@ class Choice:
         return measure_times(weight) if isinstance(weight, Packed) else measure_times(weight, self._dtype)
 
     def _is_faster(self, weight: Packed | Rounded) -> bool:
-        """Time a weight, unless a weight of this shape that keeps as many weights was timed already."""
-        rows, columns = weight.shape
-        shape, share = (weight.shape, weight.values.dtype), len(weight.values) / (rows * columns)
-        timed = [(abs(other - share), packed) for key, other, packed in self._timed if key == shape]
-        if timed and (min(timed)[0] <= NEARLY or self._seconds >= MOST_SECONDS):
-            return min(timed)[1]
-        start = time.perf_counter()
-        packed, dense = self._measure(weight)
-        self._seconds += time.perf_counter() - start
-        faster = is_faster(packed, dense, native.instructions() > Instructions.AVX2)
-        logger.info(
-            "keep_packed: %d × %d, %.0f %% kept: packed takes %.2f of the dense time in decoding, %.2f in reading a "
-            "prompt: %s",
-            *(rows, columns, 100 * share, packed.decode / dense.decode, packed.prefill / dense.prefill),
-            "packed" if faster else "dense",
-        )
-        self._timed.append((shape, share, faster))
-        return faster
+        """Time a weight, unless a weight of this shape was timed already."""
+        shape = weight.shape, weight.values.dtype
+        if shape not in self._timed:
+            packed, dense = self._measure(weight)
+            faster = is_faster(packed, dense, native.instructions() > Instructions.AVX2)
+            logger.info(
+                "keep_packed: %d × %d: packed takes %.2f of the dense time in decoding, %.2f in reading a prompt: %s",
+                *(*weight.shape, packed.decode / dense.decode, packed.prefill / dense.prefill),
+                "packed" if faster else "dense",
+            )
+            self._timed[shape] = faster
+        return self._timed[shape]
 
     def _check_names(self, decisions: Mapping[str, bool]) -> None:
         unknown = [name for name in decisions if name not in self.decisions]
@@ -222,21 +211,14 @@ def measure_times(weight: Packed | Rounded, dtype: torch.dtype | None = None) ->
         part = pack(dense_weight) if isinstance(weight, Packed) else pack_rounded(dense_weight, weight.group)
     if part is None:  # only the other rows have zeros
         return Times(1, 1), Times(1, 1)
-    packed = PackedLinear(part, None) if isinstance(part, Packed) else RoundedLinear(part, None, dtype)
-    if isinstance(packed, RoundedLinear):
-        dense_weight = dense_weight.to(packed.dtype)
-    cached = torch.zeros(CACHED_BYTES // 4)
+    packed = PackedLinear(part, None, dtype)
+    dense_weight = dense_weight.to(packed.dtype)
     seconds = [[float("inf")] * 2 for _ in range(2)]
     linears: list[Callable[[Tensor], Tensor]] = [packed, lambda rows: nn.functional.linear(rows, dense_weight)]
+    prompt = torch.ones(TIMED_ROWS, weight.shape[1], dtype=dense_weight.dtype)
+    inputs, cached = (prompt[:1], prompt), torch.zeros(CACHED_BYTES // 4)
     start = time.perf_counter()
     with torch.no_grad():
-        prompt = torch.ones(PROMPT, weight.shape[1], dtype=dense_weight.dtype)
-        before = time.perf_counter()
-        linears[1](prompt[:PROBE])
-        prompt = prompt[: rows_in_time(time.perf_counter() - before)]
-        inputs = prompt[:1], prompt
-        for linear in linears:  # the first call prepares, and touches new memory
-            linear(inputs[0]), linear(inputs[1])
         for number in range(ROUNDS):
             for kind, rows in enumerate(inputs):  # 0: decoding; 1: reading a prompt
                 for side, linear in enumerate(linears):
@@ -244,29 +226,8 @@ def measure_times(weight: Packed | Rounded, dtype: torch.dtype | None = None) ->
                     before = time.perf_counter()
                     linear(rows)
                     seconds[side][kind] = min(seconds[side][kind], time.perf_counter() - before)
-            if number and time.perf_counter() - start > SECONDS:
+            if number and time.perf_counter() - start > SECONDS:  # the first round prepares, and touches new memory
                 break
-    prefill = of_whole_prompt(seconds[0][1], seconds[1][1], len(prompt))
-    return Times(seconds[0][0], prefill[0]), Times(seconds[1][0], prefill[1])
-
-
-def rows_in_time(seconds: float) -> int:
-    """Rows of a prompt whose dense product takes at most `LONGEST`, a multiple of `PROBE` from it to `PROMPT`.
-
-    Example: 1 ms -> 256 rows; 4 ms -> 160 rows; 1 s -> 32 rows.
-
-    Args:
-        seconds: of the product of `PROBE` rows.
-    """
-    return max(PROBE, min(PROMPT, int(LONGEST / max(seconds, 1e-9)) * PROBE))
-
-
-def of_whole_prompt(packed: float, dense: float, rows: int) -> tuple[float, float]:
-    """Seconds of `PROMPT` rows, packed and dense, from those of some rows.
-
-    The dense time grows with the rows. Unpacking the weight is taken to cost the same for any number of rows.
-
-    Example: 30 ms packed and 20 ms dense with 64 rows -> 90 ms and 80 ms with 256.
-    """
-    more = (PROMPT / rows - 1) * dense
-    return packed + more, dense + more
+    # The dense time grows with the rows. Unpacking the weight is taken to cost the same for any number of rows.
+    more = (PROMPT / TIMED_ROWS - 1) * seconds[1][1]
+    return Times(seconds[0][0], seconds[0][1] + more), Times(seconds[1][0], seconds[1][1] + more)

@@ -25,11 +25,8 @@ from llm_barber.model.empty import empty_model, set_buffer, stored_buffer_names,
 from llm_barber.model.experts import Experts, is_fused
 from llm_barber.progress import Progress
 from llm_barber.runtime.choice import Choice, KeepPacked
-from llm_barber.runtime.head_inputs import avoid_weight_copies
 from llm_barber.runtime.huge_pages import HugePages
 from llm_barber.runtime.packed_linear import PackedLinear
-from llm_barber.runtime.packed_module import PackedModule
-from llm_barber.runtime.rounded_linear import RoundedLinear
 
 # Buffers that old checkpoints have, and that transformers computes; it keeps silent about them, too.
 COMPUTED = (r"rotary_emb\.inv_freq", r"(^|\.)position_ids$")
@@ -58,7 +55,7 @@ def fill(model: PreTrainedModel, source: CheckpointSource, filling: Filling) -> 
     """Give a model, built from the checkpoint's configuration, the checkpoint's weights; tie what is tied.
 
     `model.keep_packed` says afterwards which linears are packed, by name. The output head gets a hook that spares
-    copies of its weight (`head_inputs.py`).
+    copies of its weight.
 
     Raises:
         SettingsError: `keep_packed` names other linears than the model's, or "auto" is not for this device.
@@ -74,7 +71,19 @@ def fill(model: PreTrainedModel, source: CheckpointSource, filling: Filling) -> 
         _fill_buffers(model, source, split, filling)  # before parameters, which a table's initialisation may touch
         model.keep_packed = _fill_parameters(model, source, split, filling)
     model.tie_weights()
-    avoid_weight_copies(model.get_output_embeddings())
+    if type(head := model.get_output_embeddings()) is nn.Linear:
+        head.register_forward_pre_hook(_join_rows)
+
+
+def _join_rows(_: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
+    """Give an output head inputs whose rows follow each other in memory.
+
+    A model computes logits of a prompt's last token alone: it cuts (sequences, 1, in) out of (sequences, tokens, in).
+    For a weight that takes no gradients PyTorch multiplies such inputs sequence by sequence (`should_fold` in
+    aten/src/ATen/native/LinearAlgebra.cpp), and copies the whole transposed weight for that: seconds for a vocabulary
+    of 262,144 tokens. The rows alone are a few kilobytes.
+    """
+    return (inputs[0].clone(memory_format=torch.contiguous_format),)
 
 
 def _warn_of_unused(model: PreTrainedModel, source: CheckpointSource) -> None:
@@ -117,7 +126,8 @@ def _fill_parameters(
             setattr(owner, leaf, nn.Parameter(value, requires_grad=empty.requires_grad))
         else:
             parent, _, last = path.rpartition(".")
-            linear = _packed_linear(weight, owner.bias, dtype)  # the bias follows; it may still be on `meta`
+            checked = isinstance(weight, Rounded) or weight.encoding is Encoding.BITMASK  # by `read_packed`
+            linear = PackedLinear(weight, owner.bias, dtype, checked)  # the bias follows; it may still be on `meta`
             for buffer_name, buffer in linear.named_buffers(recurse=False):
                 setattr(linear, buffer_name, pages.moved(buffer.to(device)))
             linear.prepare()
@@ -135,13 +145,6 @@ def _final_memory(pages: HugePages, dtype: torch.dtype, device: torch.device) ->
         return pages.empty(shape, stored) if stays else ordinary_memory(shape, stored)
 
     return memory if device.type == "cpu" else ordinary_memory
-
-
-def _packed_linear(weight: Packed | Rounded, bias: nn.Parameter | None, dtype: torch.dtype) -> PackedModule:
-    """Linear of a weight that `read_packed` checked, or that was packed here."""
-    if isinstance(weight, Rounded):
-        return RoundedLinear(weight, bias, dtype, checked=True)
-    return PackedLinear(weight, bias, checked=weight.encoding is Encoding.BITMASK)
 
 
 def _packable_names(model: PreTrainedModel) -> list[str]:

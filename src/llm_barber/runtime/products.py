@@ -1,15 +1,13 @@
-"""Shared parts of linears that stay packed in memory: products with many rows of inputs, and what a product may do."""
+"""What products of packed linears may do, and products with many rows of inputs."""
 
 import threading
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from llm_barber.checkpoint.bits import POPCOUNT
 from llm_barber.errors import SettingsError
-from llm_barber.native.rows import BLOCK_ROWS, UnpacksRows
+from llm_barber.native.weight import BLOCK_ROWS, Weight
 
 UNPACKED_BYTES = 1 << 22  # of rows that are unpacked and multiplied at once; fewer rows than `SHARED_ROWS` never are
 SHARED_ROWS = 128  # rows are unpacked in multiples of this, which PyTorch's threads share evenly; of `BLOCK_ROWS`, too
@@ -25,17 +23,24 @@ def is_differentiated(inputs: Tensor, bias: Tensor | None) -> bool:
     return torch.is_grad_enabled() and (inputs.requires_grad or (bias is not None and bias.requires_grad))
 
 
-def outside_transforms() -> Any:
-    """Context in which new tensors are ordinary tensors: a running transform of `torch.func` does not wrap them."""
-    return torch._C._DisableFuncTorch()
+def is_plain(dtype: torch.dtype, device: str = "cpu") -> bool:
+    """Test whether products outside of PyTorch may take the place of its own, for weights of this dtype.
 
+    Autocast changes dtypes inside of PyTorch's linear.
 
-def count_rows(inputs: Tensor, columns: int) -> int:
-    """Number of rows of inputs, (…, columns); 0 where PyTorch's linear has to do the work.
+    Args:
+        dtype: of the weight.
+        device: type of the device of the product.
 
-    It says what is wrong with another width, and knows views whose numbers in memory have the other sign.
+    Raises:
+        SettingsError: `torch.jit.trace` is at work, which would miss these products.
     """
-    return inputs.numel() // columns if inputs.shape[-1] == columns and not inputs.is_neg() else 0
+    if torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
+        raise SettingsError(
+            "torch.jit.trace does not see the products of packed linears",
+            "make the model dense first: model.dequantize(), or load it without keep_packed",
+        )
+    return not torch.is_autocast_enabled(device) or torch.get_autocast_dtype(device) == dtype
 
 
 class _Buffers(threading.local):
@@ -56,7 +61,7 @@ def shared_buffer(dtype: torch.dtype, weights: int) -> Tensor:
     return buffer[:weights]
 
 
-def multiply_unpacked(weight: UnpacksRows, inputs: Tensor, bias: Tensor | None) -> Tensor:
+def multiply_unpacked(weight: Weight, inputs: Tensor, bias: Tensor | None) -> Tensor:
     """Compute inputs · Wᵀ + bias, (…, rows): some rows of W are unpacked and multiplied, then the next ones.
 
     Args:
@@ -83,36 +88,3 @@ def multiply_unpacked(weight: UnpacksRows, inputs: Tensor, bias: Tensor | None) 
         else:
             torch.addmm(bias[first:end], flat, part.T, out=flat_outputs[:, first:end])
     return outputs
-
-
-def is_plain(dtype: torch.dtype, device: str = "cpu") -> bool:
-    """Test whether products outside of PyTorch may take the place of its own, for weights of this dtype.
-
-    Autocast changes dtypes inside of PyTorch's linear.
-
-    Args:
-        dtype: of the weight.
-        device: type of the device of the product.
-
-    Raises:
-        SettingsError: `torch.jit.trace` is at work, which would miss these products.
-    """
-    if torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
-        raise SettingsError(
-            "torch.jit.trace does not see the products of packed linears",
-            "make the model dense first: model.dequantize(), or load it without keep_packed",
-        )
-    return not torch.is_autocast_enabled(device) or torch.get_autocast_dtype(device) == dtype
-
-
-def report_other_bits(values: Tensor, bits: Tensor, arguments: tuple[Any, ...]) -> None:
-    """Report bits that do not fit the values, among the errors of `_load_from_state_dict`.
-
-    Args:
-        values: (kept,), as loaded.
-        bits: uint8, as loaded.
-        arguments: of `_load_from_state_dict`.
-    """
-    prefix, errors = arguments[1], arguments[-1]
-    if bits.is_cpu and int(torch.from_numpy(POPCOUNT)[bits.int()].sum()) != len(values):
-        errors.append(f"{prefix}bits and {prefix}values are of different masks: load the packed folder instead")

@@ -29,7 +29,7 @@ from llm_barber.record.verification import verify_folder
 from llm_barber.runtime.choice import KeepPacked
 from llm_barber.runtime.choice import check as check_keep_packed
 from llm_barber.runtime.filling import Filling, fill
-from llm_barber.runtime.packed_module import PackedModule
+from llm_barber.runtime.packed_linear import PackedLinear
 
 UNPACK = "make an ordinary checkpoint of it: llm-barber unpack FOLDER DENSE"
 IGNORED = ("_keys_to_ignore_on_load_missing", "_keys_to_ignore_on_load_unexpected")
@@ -156,7 +156,7 @@ class PackedQuantizer(HfQuantizer):  # type: ignore[misc]
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
         """Unpack every linear that stayed packed; parameters take gradients again."""
         for path, module in list(model.named_modules()):
-            if isinstance(module, PackedModule):
+            if isinstance(module, PackedLinear):
                 parent, _, last = path.rpartition(".")
                 setattr(model.get_submodule(parent), last, module.dense())
         model.requires_grad_(True)
@@ -181,7 +181,7 @@ class PackedQuantizer(HfQuantizer):  # type: ignore[misc]
 
 def mark(model: PreTrainedModel, quantizer: PackedQuantizer) -> None:
     """Tell transformers that a model has packed linears, if it has; otherwise make it an ordinary model."""
-    if any(isinstance(module, PackedModule) for module in model.modules()):
+    if any(isinstance(module, PackedLinear) for module in model.modules()):
         model.requires_grad_(False)  # products that are differentiated unpack their weight
         model.hf_quantizer = quantizer
         model.is_quantized = True
