@@ -19,7 +19,8 @@ from llm_barber.checkpoint.rounding import pack_rounded
 from llm_barber.errors import SettingsError
 from llm_barber.native import Instructions
 from llm_barber.runtime import products
-from llm_barber.runtime.packed_linear import PackedLinear, unpack_on_device
+from llm_barber.runtime.on_gpu import unpack_on_device
+from llm_barber.runtime.packed_linear import PackedLinear
 
 DTYPES = (torch.bfloat16, torch.float32)
 ROWS = (1, 4, 5, 8, 9, 16, 17, 40)  # of inputs: products and unpacking

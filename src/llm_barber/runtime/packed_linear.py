@@ -12,6 +12,7 @@ from llm_barber.checkpoint.rounding import Rounded, check_rounded, restore_rows,
 from llm_barber.native.threads import threads_for
 from llm_barber.native.weight import Parts, Weight, can_unpack
 from llm_barber.runtime import on_gpu
+from llm_barber.runtime.on_gpu import unpack_on_device
 from llm_barber.runtime.products import is_differentiated, is_plain, multiply_unpacked, shared_buffer
 
 
@@ -189,16 +190,3 @@ class PackedLinear(nn.Module):
         rows, columns = self.shape
         rounded = f", int8 by {self.group} columns" if self.group else ""
         return f"in_features={columns}, out_features={rows}, kept={len(self.values) / (rows * columns):.0%}{rounded}"
-
-
-def unpack_on_device(values: Tensor, bits: Tensor, shape: tuple[int, int]) -> Tensor:
-    """Unpack a weight, (out, in), by PyTorch's operations, on the device of its parts.
-
-    Args:
-        values: (kept,).
-        bits: uint8, (⌈out · in / 8⌉,).
-        shape: out, in.
-    """
-    shifts = torch.arange(8, dtype=torch.uint8, device=bits.device)
-    kept = ((bits[:, None] >> shifts) & 1).view(-1)[: shape[0] * shape[1]].bool()
-    return values.new_zeros(shape[0] * shape[1]).masked_scatter_(kept, values).view(shape)
