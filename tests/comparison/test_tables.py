@@ -52,7 +52,7 @@ def test_files() -> None:
     ):
         assert f"- {note}" in text
         assert note in page(make_comparison())
-    assert "mean ± sample standard deviation over seeds" in text
+    assert "(mean ± sample standard deviation over seeds)." in notes(make_comparison())[1]
     lines = list(csv.DictReader(io.StringIO(comma_separated(make_comparison()))))
     perplexity = [float(line["value"]) for line in lines if line["metric"] == "perplexity"]
     assert perplexity == [10.0, 20.0, 22.0, 27.0, 18.0, 50.0]
