@@ -107,18 +107,3 @@ def test_llama_cpp_answers_requests(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert payoff.np.load(tmp_path / "logits.npy").argmax(1).tolist() == [2, 6, 0]
     with pytest.raises(SystemExit, match="cannot be loaded"):
         payoff.llama(sys.executable, path="nothing", threads=1, prompt=[1], tokens=1)
-
-
-def test_rows_of_a_page_stay_on_it(tmp_path: Path) -> None:
-    import quality_settings
-
-    path = tmp_path / "results" / "rows.json"
-    assert quality_settings.with_kept_rows(path, ()) == ()
-    assert not path.exists()
-    first, second = (
-        quality_settings.Rows.read("wanda+rebuild=0.5,2:4@0,1", ()),
-        quality_settings.Rows.read("mask=0.5", (0,)),
-    )
-    assert quality_settings.with_kept_rows(path, (first,)) == (first,)
-    assert quality_settings.with_kept_rows(path, (second, first)) == (first, second)
-    assert quality_settings.with_kept_rows(path, ()) == (first, second)

@@ -4,9 +4,9 @@ import json
 from collections.abc import Iterable
 from enum import StrEnum
 from statistics import fmean
-from typing import Any
+from typing import Any, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from llm_barber.checkpoint.channel_order import ORDER_NAME
 from llm_barber.checkpoint.digests import with_digest
@@ -15,6 +15,8 @@ from llm_barber.record.layers import ErrorChange, LayerResult, LinearResult, Lin
 from llm_barber.record.rounding import Rounding
 
 RECORD_VERSION = 2
+# Types of the settings that a page shows, where they are set.
+SHOWN = {"include": list, "exclude": list, "skip_layers": list, "blocks": list, "sparsities": dict, "format": str}
 
 
 class KeptWeights(StrEnum):
@@ -104,6 +106,17 @@ class RunReport(Result):
     rounding: Rounding | None = None
     fine_tuning: FineTuning | None = None
     later_fields = ("rounding", "fine_tuning")
+
+    @model_validator(mode="after")
+    def _can_be_shown(self) -> Self:
+        for name, kind in SHOWN.items():
+            if self.settings.get(name) is not None and not isinstance(self.settings[name], kind):
+                raise ValueError(f"settings: {name} is not of type {kind.__name__}")
+        if self.granularity is not None and self.rebuild_ratio is None:
+            raise ValueError("a granularity without a rebuild ratio")
+        if "total" not in self.seconds or "llm-barber" not in self.versions:
+            raise ValueError("seconds lack the total, or versions lack llm-barber")
+        return self
 
     @property
     def pruned(self) -> int:
