@@ -40,7 +40,7 @@ def _ends_at_once() -> Iterator[None]:
 
 
 def run_plan(model: Path, tokens: Path, output: Path) -> None:
-    plan(PlanConfig(model=model, calibration=tokens, flops=1e12))
+    plan(PlanConfig(model=model, calibration=tokens, tflops=1))
 
 
 def run_prune(model: Path, tokens: Path, output: Path) -> None:

@@ -14,7 +14,7 @@ PACKAGE = Path(llm_barber.__file__).parent
 # A room imports from the rooms before it, from itself and from the root.
 ROOMS = (
     "native", "masking", "checkpoint", "parallel", "text", "model", "settings", "record", "loading",
-    "evaluation", "page", "method", "planning", "run", "runtime", "comparison", "tools", "cli",
+    "evaluation", "page", "method", "run", "planning", "runtime", "comparison", "tools", "cli",
 )  # fmt: skip
 ROOT_MODULES = {"__init__", "__main__", "errors", "messages", "progress", "usage"}
 # Rooms without mathematics or without files import none of these.

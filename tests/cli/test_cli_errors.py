@@ -122,7 +122,6 @@ def test_values_that_look_like_settings_are_shown_as_typed(tmp_path: Path, capsy
         ("compare", "--tasks ,", "--tasks: ',' names nothing: name at least one"),
         ("evaluate", "--tasks ,", "--tasks: ',' names nothing: name at least one"),
         ("prune", "--skip-layers ,", "--skip-layers: ',' is not numbers with commas between them, like 0,-1"),
-        ("plan", "--processes a", "--processes: 'a' is not numbers with commas between them, like 1,2,4,8"),
     ],
 )
 def test_a_list_with_a_wrong_item_or_without_items_is_one_problem(

@@ -13,8 +13,6 @@ from llm_barber.masking.gram import GramMatrix
 from llm_barber.masking.granularity import Granularity
 from llm_barber.masking.pattern import NofM, Unstructured
 from llm_barber.method.initial_methods import MASK_METHODS, MaskMethod, PrunableLinear, Pruned, prune_linear
-from llm_barber.planning.initial_costs import DECOMPOSITION
-from llm_barber.planning.memory import UPDATING
 from llm_barber.settings.initial import METHOD_FACTS, Initial
 
 WEIGHT = torch.arange(32.0).view(4, 8)
@@ -39,9 +37,9 @@ def test_each_method_has_its_facts_and_its_function() -> None:
     assert set(METHOD_FACTS) == set(MASK_METHODS) == set(Initial)
 
 
-def test_plans_count_the_work_of_each_method_that_gathers_gram_matrices() -> None:
+def test_limits_of_memory_count_the_gram_matrices_of_each_method_that_gathers_them() -> None:
     gathering = {method for method in Initial if MASK_METHODS[method].statistic is GramMatrix}
-    assert gathering == set(DECOMPOSITION) == set(UPDATING)
+    assert gathering == {method for method in Initial if method.has_updates}
 
 
 @pytest.mark.parametrize("method", Initial)

@@ -14,8 +14,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from llm_barber import PruneConfig, RunReport, prune
+from llm_barber.messages import ranges
 from llm_barber.method import clipped_gradients, distance
-from llm_barber.planning.description import ranges
 from llm_barber.record.file import read_record
 from tests.conftest import Listener, make_model
 

@@ -232,7 +232,7 @@ def test_layers_without_linears_of_the_chosen_blocks(tmp_path: Path, tokens: Pat
     report = run(model, tmp_path / "out", tokens, blocks=tmp_path / "blocks.yaml", preset=preset)
     assert [len(layer.linears) for layer in report.layers] == [0, 4]
     assert report.pruned == report.weights // 2
-    forecast = plan(PlanConfig(model=str(model), blocks=tmp_path / "blocks.yaml", flops=1e12, seqlen=16))
+    forecast = plan(PlanConfig(model=str(model), blocks=tmp_path / "blocks.yaml", tflops=1, seqlen=16))
     assert forecast.weights == report.weights
 
 

@@ -38,18 +38,18 @@ PANELS: dict[str, tuple[str, ...]] = {
         "keep_packed", "repeats", "device", "dtype", "batch_size", "memory", "device_memory", "activations_off_device",
         "revision", "pruned_revision",
     ),
-    "Machine": ("processes", "flops", "float32_flops", "memory_bandwidth", "link", "network", "bandwidth"),
+    "Machine": ("tflops", "gbps"),
     OUTPUT: ("format", "resume", "overwrite", "report", "keep_models"),
 }  # fmt: skip
 IN_PANELS = [name for names in PANELS.values() for name in names]
 METAVARS = {
-    "against": "DENSE", "allocation": "SPREAD", "bandwidth": "BYTES/S", "blocks": "FILE", "calibration": "NAME|FILE",
+    "against": "DENSE", "allocation": "SPREAD", "blocks": "FILE", "calibration": "NAME|FILE",
     "checks": "NAME,…",
-    "dense": "DENSE", "exclude": "REGEX", "float32_flops": "FLOP/S", "flops": "FLOP/S", "include": "REGEX",
-    "link": "BYTES/S", "memory_bandwidth": "BYTES/S", "methods": "NAME,…", "network": "BYTES/S", "pattern": "N:M",
-    "processes": "N,…", "prompt": "TEXT", "reconstruct": "HOW", "seeds": "SEED,…", "skip_layers": "N,…",
-    "sparsities": "FILE", "targets": "TARGET,…", "tasks": "NAME,…", "text": "NAME|FILE", "dtype": "DTYPE",
-    "device": "DEVICE", "revision": "REVISION", "dense_revision": "REVISION", "pruned_revision": "REVISION",
+    "dense": "DENSE", "exclude": "REGEX", "gbps": "GB/S", "include": "REGEX", "methods": "NAME,…",
+    "pattern": "N:M", "prompt": "TEXT", "reconstruct": "HOW", "seeds": "SEED,…", "skip_layers": "N,…",
+    "sparsities": "FILE", "targets": "TARGET,…", "tasks": "NAME,…", "text": "NAME|FILE", "tflops": "TFLOP/S",
+    "dtype": "DTYPE", "device": "DEVICE",
+    "revision": "REVISION", "dense_revision": "REVISION", "pruned_revision": "REVISION",
     "granularity": "SET", "initial_granularity": "SET", "initial": "METHOD", "layers": "PATH",
     "model": "MODEL", "tasks_folder": "FOLDER", "memory": "SIZE", "device_memory": "SIZE",
 }  # fmt: skip

@@ -1,1 +1,1 @@
-"""Forecasts of a run's costs, from a model's configuration alone: no weights are read."""
+"""Forecasts of a run: `plan` rehearses it on a few layers with random weights, and extends what it measures."""

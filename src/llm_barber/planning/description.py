@@ -5,9 +5,13 @@ from dataclasses import replace
 
 from torch import nn
 
+from llm_barber.messages import ranges
 from llm_barber.model.architecture import Block, kind_of
 from llm_barber.model.skeleton import Skeleton
-from llm_barber.planning.recipe import Recipe
+from llm_barber.settings.initial import rebuild_defaults
+from llm_barber.settings.presets import Allocation
+from llm_barber.settings.prune import PruneConfig
+from llm_barber.settings.refining import RefineSettings
 
 
 def structure_lines(skeleton: Skeleton, known: bool) -> tuple[str, ...]:
@@ -44,32 +48,19 @@ def _dense_weights(layer: nn.Module, linears: Collection[str]) -> list[str]:
     return [f"{name} ({shape})" for name, shape in dense.items()]
 
 
-def ranges(numbers: list[int]) -> str:
-    """Join ascending numbers; consecutive numbers become a range.
-
-    Example: [0, 1, 2, 5] -> "0-2, 5".
-    """
-    runs: list[list[int]] = []
-    for number in numbers:
-        if runs and number == runs[-1][-1] + 1:
-            runs[-1].append(number)
-        else:
-            runs.append([number])
-    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
-
-
-def settings_in_words(recipe: Recipe) -> str:
-    """Describe the run in one line.
+def settings_in_words(config: PruneConfig, refine: RefineSettings | None) -> str:
+    """Describe the run in one line; `refine`: the settings of refining and tuning.
 
     Example: "wanda, rebuilt within each output".
     """
+    granularity, _ = rebuild_defaults(config.method, config.granularity, config.rebuild_ratio, config.target)
     parts = [
-        "channels reordered" if recipe.reorders else "",
-        f"allocation by {recipe.allocation}" if recipe.allocation.value != "uniform" else "",
-        recipe.method.value,
-        f"rebuilt within each {recipe.granularity}" if recipe.granularity else "",
-        recipe.refine.words if recipe.refine else "",
-        str(recipe.pattern) if recipe.pattern else "",
-        "the output head, too" if recipe.prunes_head else "",
+        "channels reordered" if config.reorders else "",
+        f"allocation by {config.allocated_by}" if config.allocated_by is not Allocation.UNIFORM else "",
+        config.method.value,
+        f"rebuilt within each {granularity}" if config.rebuilds else "",
+        refine.words if refine else "",
+        str(config.target),
+        "the output head, too" if config.prune_head else "",
     ]
     return ", ".join(filter(None, parts))

@@ -1,61 +1,37 @@
-"""The result of `llm-barber plan`: the work of each stage, peak memory, time, and the bottleneck."""
+"""The result of `llm-barber plan`: counts of work, and what a rehearsal says about time and memory."""
 
 import json
 
 from pydantic import BaseModel, ConfigDict
 
-from llm_barber.planning.rates import KINDS
 
+class Expected(BaseModel):
+    """Time and memory of a run on this machine, extended from a rehearsal.
 
-class StageForecast(BaseModel):
-    """Work of a stage in the process that has the most of it, and its seconds by resource.
-
-    A disk works while a GPU computes layers: seconds of the disk are those that the run waits for it. Seconds of
-    launches are those that a GPU waits for the host to start its next kernel.
+    `layers`, `windows`: decoder layers of the rehearsal, and the windows of each of its runs. `stages`: seconds by
+    stage. `host_memory`, `device_memory`: peak bytes; `device_memory` is None where the host computes.
     """
 
     model_config = ConfigDict(frozen=True)
 
-    name: str
-    flops: float
-    bytes_read: float
-    bytes_written: float
-    seconds: float
-    seconds_by_kind: dict[str, float]
-
-
-class ProcessesForecast(BaseModel):
-    """A run in `processes` processes; memory in bytes of each process.
-
-    `device_memory`: None where the host computes. `on_device`: the part of it that calibration activations take, which
-    stay there. `in_files`: bytes of activations that `--memory` leaves no space for.
-    """
-
-    model_config = ConfigDict(frozen=True)
-
-    processes: int
-    stages: tuple[StageForecast, ...]
-    host_memory: float
-    device_memory: float | None
-    on_device: float
-    in_files: float
+    layers: int
+    windows: tuple[int, ...]
+    stages: dict[str, float]
+    host_memory: int
+    device_memory: int | None
 
     @property
     def seconds(self) -> float:
         """Seconds of all stages."""
-        return sum(stage.seconds for stage in self.stages)
-
-    @property
-    def bottleneck(self) -> str:
-        """The resource that takes most of the time: compute, memory, link, network, disk or launches."""
-        kinds = {kind: sum(stage.seconds_by_kind[kind] for stage in self.stages) for kind in KINDS.values()}
-        return max(kinds, key=lambda kind: kinds[kind])
+        return sum(self.stages.values())
 
 
 class Forecast(BaseModel):
     """Costs of a run.
 
-    `rates`: amounts a second of each kind of work. `measured`: the rates are this machine's.
+    `flops`: least number of floating-point operations, matrix products alone. `bytes_read`, `bytes_written`: of weight
+    files. `least_seconds`: seconds that no machine with the given rates goes below; None: no rates were given.
+    `expected`: on this machine; None: the plan is for a machine with the given rates.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -69,16 +45,17 @@ class Forecast(BaseModel):
     settings: str
     sequences: int
     tokens: int
-    batch_size: int
     device: str
     dtype: str
-    measured: bool
-    rates: dict[str, float]
-    runs: tuple[ProcessesForecast, ...]
+    flops: float
+    bytes_read: int
+    bytes_written: int
+    least_seconds: float | None = None
+    expected: Expected | None = None
 
     def to_json(self) -> str:
         """Indented JSON with a final newline."""
         record = self.model_dump(mode="json")
-        for entry, run in zip(record["runs"], self.runs, strict=True):
-            entry |= {"seconds": run.seconds, "bottleneck": run.bottleneck}
+        if self.expected is not None:
+            record["expected"]["seconds"] = self.expected.seconds
         return json.dumps(record, indent=1) + "\n"

@@ -12,23 +12,23 @@ from llm_barber.checkpoint.unfinished import unfinished_run
 from llm_barber.messages import counted
 from llm_barber.model.device import current_gpu_kept
 from llm_barber.parallel.ranks import Ranks
-from llm_barber.planning.limits import left_for_activations
-from llm_barber.planning.shapes import model_shapes
 from llm_barber.progress import Progress, Silent
+from llm_barber.run.activation_memory import least_memory, left_for_activations
 from llm_barber.run.commands import PREPARE
 from llm_barber.run.finished import finished_run, tell_of_finished
 from llm_barber.run.prepared_run import PreparedRun
 from llm_barber.run.resume_key import resume_key
 from llm_barber.settings.prune import PruneConfig, RebuildConfig
 from llm_barber.settings.refining import RefineSettings
-from llm_barber.usage import current_memory, readable_bytes
+from llm_barber.usage import readable_bytes
 
 
 class DryRun(BaseModel):
     """A checked run.
 
     `output_bytes`: of the checkpoint. `activation_file_bytes`: of updated weights that the work folder keeps.
-    `stream_bytes`: of all calibration activations. `finished_layers`: of the unfinished run that this run would resume.
+    `stream_bytes`: of all calibration activations. `least_memory`: bound of the host memory that the run takes besides.
+    `finished_layers`: of the unfinished run that this run would resume.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -55,6 +55,7 @@ class DryRun(BaseModel):
     output_bytes: int
     activation_file_bytes: int
     stream_bytes: int
+    least_memory: int
     finished_layers: int
 
     def to_json(self) -> str:
@@ -78,6 +79,7 @@ class DryRun(BaseModel):
             ("output", readable_bytes(self.output_bytes)),
             ("disk during the run", readable_bytes(self.output_bytes + self.activation_file_bytes)),
             ("calibration activations", readable_bytes(self.stream_bytes)),
+            ("memory beside them", f"at most {readable_bytes(self.least_memory, 1024)}"),
             *([("goes on", f"after {finished} of {self.layers} layers, if their files are whole")] if finished else []),
         ]
 
@@ -99,7 +101,7 @@ def dry_run(config: PruneConfig | RebuildConfig, progress: Progress | None = Non
     job, rebuilt = prepared.job, prepared.rebuild_settings
     check_output(config.output, config.overwrite, job.bytes + prepared.updated_bytes)
     if config.memory is not None:
-        left_for_activations(config.memory, current_memory(), model_shapes(job.skeleton), prepared.recipe)
+        left_for_activations(prepared, config.memory)
     lock = work_folder(config.output) / LOCK_NAME
     with locked(lock) if lock.is_file() else nullcontext():  # refuses a folder that another run is writing
         key, resumes = resume_key(prepared), config.resume and complete is None
@@ -131,6 +133,7 @@ def dry_run(config: PruneConfig | RebuildConfig, progress: Progress | None = Non
         output_bytes=job.bytes,
         activation_file_bytes=prepared.updated_bytes,
         stream_bytes=arrays * prepared.array_bytes,
+        least_memory=least_memory(prepared),
         finished_layers=finished_layers if complete is None else job.layer_count,
     )
 

@@ -11,8 +11,6 @@ from llm_barber.messages import SettingName, message
 from llm_barber.method.initial_masks import InitialMasks, prunes_layers
 from llm_barber.method.rebuild import RebuildSettings
 from llm_barber.method.reordering import MovableChannels, movable_channels
-from llm_barber.planning.recipe import Recipe
-from llm_barber.planning.shapes import model_shapes
 from llm_barber.progress import Progress
 from llm_barber.record.report import KeptWeights, SourceFiles
 from llm_barber.settings.initial import Initial
@@ -66,29 +64,6 @@ class PreparedRun:
     def pruned_files(self) -> SourceFiles | None:
         """The files of a rebuild's pruned model, as they are when this is first read; None: another command."""
         return self.initial_masks.source_files
-
-    @property
-    def recipe(self) -> Recipe:
-        """All that the memory of the run depends on."""
-        job, (sequences, tokens) = self.job, self.job.tokens.input_ids.shape
-        layers = [job.source.tensors[name] for names in job.layer_tensors for name in names]
-        return Recipe(
-            sequences=sequences,
-            tokens=tokens,
-            batch=job.batch_size,
-            itemsize=job.skeleton.dtype.itemsize,
-            stored=round(sum(tensor.bytes for tensor in layers) / sum(math.prod(tensor.shape) for tensor in layers)),
-            on_cpu=job.skeleton.device.type == "cpu",
-            method=self.initial_masks.method or Initial.MAGNITUDE,  # a checkpoint's masks need no statistics, either
-            pattern=None,
-            allocation=self.allocation,
-            granularity=self.rebuild_settings.granularity if self.rebuild_settings else None,
-            refine=self.refine_settings,
-            prunes_head=job.prunes_head,
-            reorders=self.reorders,
-            processes=job.ranks.count,
-            initial_granularity=self.initial_masks.granularity,
-        )
 
     @property
     def array_bytes(self) -> int:
@@ -206,8 +181,8 @@ class PreparedRun:
         sequences, tokens = self.job.tokens.input_ids.shape
         if sequences * tokens >= USUAL_SAMPLES * USUAL_SEQLEN:
             return
-        shapes = model_shapes(self.job.skeleton)
-        numbers = sequences * tokens * shapes.hidden / shapes.largest_layer.parameters
+        layers = [sum(parameter.numel() for parameter in layer.parameters()) for layer in self.job.skeleton.layers]
+        numbers = sequences * tokens * self.job.config.hidden_size / max(layers)
         if numbers < FEW_NUMBERS:
             has_all = self.config.calibration.endswith(TOKEN_FILE_SUFFIX)  # whose number of windows is its own
             more = "more text" if has_all else message("more {samples} or a larger {seqlen}")

@@ -104,7 +104,7 @@ def _embed(output: RunOutput) -> tuple[ActivationStreams, dict[str, Tensor]]:
     """
     prepared, job = output.prepared, output.job
     skeleton, tokens, settings = job.skeleton, job.tokens.input_ids, prepared.refine_settings
-    memory = activation_memory(job, prepared.config, prepared.recipe, work_folder(prepared.config.output))
+    memory = activation_memory(prepared, work_folder(prepared.config.output))
     needs_loss = prepared.allocation is Allocation.LOSS and output.state.sparsities is None
     outside = _copy_outside(output, skeleton.outside_names_and_head if needs_loss else skeleton.outside_names)
     held_out = 0 if settings is None else settings.held_out

@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,6 @@ from llm_barber import PruneConfig, prune
 from llm_barber.errors import SettingsError
 from llm_barber.model import streams as streams_module
 from llm_barber.parallel.ranks import Ranks
-from llm_barber.planning.memory import Footprint
 from llm_barber.progress import Silent
 from llm_barber.run.activation_memory import activation_memory
 from llm_barber.run.commands import prepare_prune
@@ -48,10 +46,7 @@ def test_activations_in_files_give_the_same_bytes(
         return from_file(path, **how)
 
     monkeypatch.setattr(streams_module.torch, "from_file", counted)
-    monkeypatch.setattr("llm_barber.run.activation_memory.current_memory", lambda: 2**20)
-    monkeypatch.setattr("llm_barber.planning.limits.peak_footprint", lambda *_: Footprint())
-    monkeypatch.setattr("llm_barber.planning.limits.COPIES_OF_A_LAYER", 0)
-    monkeypatch.setattr("llm_barber.planning.limits.LIBRARIES", 0)
+    monkeypatch.setattr("llm_barber.run.activation_memory.least_memory", lambda _: 2**20)
     run(llama, tmp_path / "small", tokens, memory=2**20 + 20_000)
     assert len(sizes) > 5
     assert read_untimed_files(tmp_path / "small") == read_untimed_files(tmp_path / "whole")
@@ -69,7 +64,7 @@ def test_activations_in_files_give_the_same_bytes(
     ],
     ids=str,
 )
-def test_the_plan_knows_the_activations(
+def test_a_dry_run_knows_the_activations(
     tmp_path: Path, llama: Path, tokens: Path, monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any]
 ) -> None:
     config = PruneConfig(
@@ -93,7 +88,6 @@ from pathlib import Path
 import torch
 torch.set_num_threads(1)
 from llm_barber import PruneConfig, prune
-from llm_barber.planning import limits
 from llm_barber.run import activation_memory
 from llm_barber.errors import SettingsError
 
@@ -107,7 +101,7 @@ def watch():
         time.sleep(0.002)
 
 peak = 0
-activation_memory.current_memory, limits.LIBRARIES = private, 0
+activation_memory.current_memory, activation_memory.LIBRARIES = private, 0
 for number, settings in enumerate(json.loads(sys.argv[1])):
     if os.fork():  # a process for each, whose memory nothing has used before
         if status := os.wait()[1]:
@@ -153,7 +147,7 @@ def test_the_least_memory_that_is_accepted_is_enough(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     for run, line in zip(runs, done.stdout.splitlines(), strict=True):
         peak, memory = json.loads(line)
-        assert 0.7 * memory < peak <= memory, run
+        assert 0.5 * memory < peak <= memory, run
 
 
 def test_a_text_that_is_too_long_to_read_is_told_of_before(tmp_path: Path, llama: Path) -> None:
@@ -174,15 +168,17 @@ def test_a_text_that_is_too_long_to_read_is_told_of_before(tmp_path: Path, llama
 
 def test_a_dry_run_says_what_memory_lacks(tmp_path: Path, llama: Path, tokens: Path) -> None:
     config = PruneConfig(model=str(llama), output=tmp_path / "out", calibration=str(tokens), memory="1MiB")
-    with pytest.raises(SettingsError, match="too little, even with all calibration activations in files"):
+    with pytest.raises(SettingsError, match="too little, even with all calibration activations in files") as caught:
         dry_run(config)
+    accepted = dry_run(config.model_copy(update={"memory": int(float(caught.value.hint.split()[3]) * 2**30)}))
+    assert dict(accepted.rows())["memory beside them"].startswith("at most ")
 
 
 def test_what_is_needed_besides_activations_is_said(tmp_path: Path, llama: Path, tokens: Path) -> None:
     with pytest.raises(SettingsError, match="too little, even with all calibration activations in files") as caught:
         run(llama, tmp_path / "out", tokens, memory="1MiB")
     least = float(caught.value.hint.split()[3])
-    assert 0.9 * current_memory() < least * 2**30 < 1.2 * current_memory() + 2**27
+    assert 0.9 * current_memory() < least * 2**30 < 1.2 * current_memory() + 2**29
     assert not list(tmp_path.glob("out*"))
 
 
@@ -208,5 +204,4 @@ def test_activations_stay_on_a_gpu_unless_told_otherwise(
     config = PruneConfig(model=llama, output=tmp_path / "out", calibration=tokens, **settings)
     prepared = prepare_prune(config, Silent(), Ranks())
     prepared.job.skeleton.device = torch.device("cuda")
-    recipe = replace(prepared.recipe, on_cpu=False)
-    assert activation_memory(prepared.job, config, recipe, tmp_path).on_device is not off_device
+    assert activation_memory(prepared, tmp_path).on_device is not off_device
