@@ -24,13 +24,15 @@ from llm_barber.settings.plan import PlanConfig
 from llm_barber.settings.presets import Allocation
 from llm_barber.settings.prune import PruneConfig
 from llm_barber.settings.refining import RefineSettings
-from llm_barber.text.calibration import token_shape
+from llm_barber.text.calibration import READ_BYTES, READING_BYTES, text_size, token_shape
 from llm_barber.text.suffixes import TOKEN_FILE_SUFFIX
+from llm_barber.usage import current_memory
 
 WINDOWS_A_STEP = 4  # of tuning: the two rehearsals differ by a multiple, so that further windows have whole steps
 # Least products for each of a pass forward: of a pass back, since a layer's first inputs need no gradient, and of a
 # pass that gathers the inputs of linears, since it needs no output of a block's last linear.
 BACKWARD, GATHERING = 1.5, 0.6
+VOCABULARY_BYTES = 350  # of a tokenizer for each of its tokens, measured with 49,152 and 262,144 tokens
 
 
 @takes(PlanConfig)
@@ -176,17 +178,20 @@ def _peaks(
 
     While layers are pruned, `RefineSettings.arrays` arrays hold all windows; before, those that a layer starts from and
     the one that passes through the dense model. The allocation by the loss keeps its windows' input of every layer.
+    Rehearsals read no text, and have no tokenizer.
     """
     window = config.seqlen * skeleton.model.config.get_text_config().hidden_size * skeleton.dtype.itemsize
     arrays = RefineSettings.arrays(refine)
     passing = 3 if refine is not None and refine.follows_dense else 2
     kept_inputs = min(config.samples, loss_windows(config.seqlen)) if config.allocated_by is Allocation.LOSS else 0
     stays = resolve_device(config.device).type == "cuda" and not config.activations_off_device
-    hosts, devices = [], []
+    size = text_size(config.calibration, config.samples * config.seqlen)
+    tokenizer = VOCABULARY_BYTES * skeleton.model.config.get_text_config().vocab_size if size else 0
+    hosts, devices = [current_memory() + tokenizer + READING_BYTES * size], []
     for part in rehearsal.passes:
         pruning = part is rehearsal.passes[-1]
         activations = (arrays if pruning else passing) * (config.samples - rehearsed[0]) * window
         inputs = 0 if pruning else kept_inputs * (len(skeleton.layers) - rehearsed[1]) * window
-        hosts.append(part.host + inputs + (0 if stays else activations))
+        hosts.append(part.host + tokenizer + READ_BYTES * size + inputs + (0 if stays else activations))
         devices.append(part.device + (activations if stays else 0))
     return max(hosts), max(devices)
