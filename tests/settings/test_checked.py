@@ -43,7 +43,6 @@ def error_of(kind: type[Settings], **values: Any) -> str:
         (RebuildConfig, {**REBUILD, "rebuild": False, "rebuild_ratio": 2}, ("rebuild_ratio: ", "need the rebuild")),
         (RebuildConfig, {**REBUILD, "swaps": 0, "preset": "mask"}, ("swaps: ", "swaps needs refine swaps")),
         (RebuildConfig, {**REBUILD, "seed": -1, "rebuild": False}, ("seed: ", "leave nothing to do")),
-        (PlanConfig, {"model": "m", "link": -1}, ("link: ", "are of a named machine")),
         (
             CompareConfig,
             {**PRUNE, "granularity": "row", "rebuild": False, "calibration": "a.safetensors", "seeds": (0, 1)},
@@ -105,7 +104,7 @@ def test_conflicts_that_depend_on_a_wrong_value_are_not_reported(values: dict[st
         (PruneConfig, {"preset": "mas"}, "preset: 'mas' is not one of paper, mask, best: did you mean mask?"),
         (PruneConfig, {"seed": 10**5000}, "seed: the number is too large: it must be below 9223372036854775808"),
         (PruneConfig, {"swaps": 10**7}, "swaps: 10000000 is too large: the most is 1000000"),
-        (PlanConfig, {"output": "o", "flops": 0}, "flops: 0 is too small: it must be above 0"),
+        (PlanConfig, {"output": "o", "tflops": 0}, "tflops: 0 is too small: it must be above 0"),
         (CompareConfig, {"limit": 1}, "limit: 1 is too small: the least is 2"),
         (CompareConfig, {"tasks_folder": 3}, "tasks_folder: 3 is not a path"),
         (CompareConfig, {"rebuild_settings": 3}, "rebuild_settings: 3 is not a mapping"),
