@@ -33,7 +33,7 @@ def plan(config: PlanConfig, json: JsonOption = False, quiet: QuietOption = Fals
 
     It rehearses: a few layers of the model's shapes, with random weights, are pruned on this machine with a few windows
     of text, in a folder for temporary files, and the result is extended to all layers and windows. Only the
-    configuration is read. That takes about a minute for a model of 1.5 billion weights; let nothing else run meanwhile.
+    configuration is read. That takes one to three minutes for 1.5 billion weights; let nothing else run meanwhile.
     With --tflops or --gbps nothing is rehearsed: the plan says how long a machine with these rates takes at least.
     """
     from llm_barber.cli.progress import ConsoleProgress
