@@ -68,15 +68,15 @@ def test_settings_that_count_for_nothing_are_told_of(tmp_path: Path, llama: Path
     inspect(InspectConfig(model=str(tmp_path / "out"), dense=str(llama), dense_revision="main"), progress)
     unused = [text for text in progress.warnings if "counts for nothing" in text]
     assert unused == [
-        "activations_off_device counts for nothing without a GPU",
-        f"revision main counts for nothing: {llama} is not a hub id",
-        f"dense_revision main counts for nothing: {llama} is not a hub id",
+        "--activations-off-device counts for nothing without a GPU",
+        f"--revision main counts for nothing: {llama} is not a hub id",
+        f"--dense-revision main counts for nothing: {llama} is not a hub id",
     ]
 
 
 def test_settings_that_need_another_are_refused() -> None:
-    with pytest.raises(SettingsError, match="dense_revision needs dense"):
+    with pytest.raises(SettingsError, match="--dense-revision needs --dense"):
         InspectConfig(model="pruned", dense_revision="main")
-    with pytest.raises(SettingsError, match="allow_dense_tail needs N:M, from pattern or sparsities"):
+    with pytest.raises(SettingsError, match="allow-dense-tail needs N:M, from --pattern or --sparsities"):
         PruneConfig(model="model", output="out", allow_dense_tail=True)
     PruneConfig(model="model", output="out", allow_dense_tail=True, sparsities={"mlp": "2:4"})

@@ -11,7 +11,6 @@ from llm_barber import CompareConfig, PruneConfig, RunReport
 from llm_barber.model.architecture import ARCHITECTURES
 from llm_barber.record.layers import BlockResult, LayerResult, LinearResult
 from llm_barber.settings.compare import ROWS, CompareRow
-from llm_barber.settings.initial import Initial
 from llm_barber.settings.presets import (
     GUARD,
     PATTERN_SWAPS,
@@ -21,6 +20,7 @@ from llm_barber.settings.presets import (
     SWAPS,
     TARGET_MIX,
     TUNING_GUARD,
+    Initial,
     Preset,
 )
 from llm_barber.settings.refining import passes_over, sequences_a_step

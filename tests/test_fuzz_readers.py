@@ -36,8 +36,8 @@ from llm_barber.loading.configuration import load_config
 from llm_barber.loading.tokenizer import load_tokenizer
 from llm_barber.page.write import write_page
 from llm_barber.planning.configuration import read_configuration
-from llm_barber.settings.copies import PackConfig
-from llm_barber.settings.evaluate import EvaluateConfig
+from llm_barber.settings.compare import EvaluateConfig
+from llm_barber.settings.tools import PackConfig
 from llm_barber.text.calibration import read_text, token_shape
 from llm_barber.text.windows import windows_of
 from llm_barber.tools.convert import PICKLED, PICKLED_INDEX, pickled_files, read_pickled

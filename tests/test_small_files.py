@@ -19,8 +19,8 @@ from llm_barber.evaluation.tasks import find_tasks
 from llm_barber.evaluation.texts import evaluation_text
 from llm_barber.model.empty import empty_model
 from llm_barber.planning.plan import plan
-from llm_barber.settings.copies import ConvertConfig
 from llm_barber.settings.plan import PlanConfig
+from llm_barber.settings.tools import ConvertConfig
 from llm_barber.tools.convert import convert
 from tests.conftest import change_json, make_config, make_model
 

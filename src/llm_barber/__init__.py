@@ -19,14 +19,17 @@ if TYPE_CHECKING:
     from llm_barber.runtime.held_zeros import HeldZeros, HoldZeros, hold_zeros
     from llm_barber.runtime.load import load
     from llm_barber.runtime.registry import PackedConfig, register
-    from llm_barber.settings.compare import CompareConfig
-    from llm_barber.settings.copies import ConvertConfig, PackConfig, UnpackConfig
-    from llm_barber.settings.evaluate import EvaluateConfig
-    from llm_barber.settings.generate import GenerateConfig
-    from llm_barber.settings.inspect import InspectConfig
+    from llm_barber.settings.compare import CompareConfig, EvaluateConfig
     from llm_barber.settings.plan import PlanConfig
     from llm_barber.settings.prune import PruneConfig, RebuildConfig
-    from llm_barber.settings.report import ReportConfig
+    from llm_barber.settings.tools import (
+        ConvertConfig,
+        GenerateConfig,
+        InspectConfig,
+        PackConfig,
+        ReportConfig,
+        UnpackConfig,
+    )
     from llm_barber.tools.convert import ConvertReport, convert
     from llm_barber.tools.finetuned import merge_adapter, save_finetuned
     from llm_barber.tools.generate import generate
@@ -82,26 +85,26 @@ _MODULES = {
     "BarberError": "errors",
     "CompareConfig": "settings.compare",
     "Comparison": "comparison.result",
-    "ConvertConfig": "settings.copies",
+    "ConvertConfig": "settings.tools",
     "ConvertReport": "tools.convert",
-    "EvaluateConfig": "settings.evaluate",
+    "EvaluateConfig": "settings.compare",
     "Evaluation": "evaluation.result",
     "Forecast": "planning.forecast",
-    "GenerateConfig": "settings.generate",
+    "GenerateConfig": "settings.tools",
     "Generation": "tools.generation",
     "HeldZeros": "runtime.held_zeros",
     "HoldZeros": "runtime.held_zeros",
-    "InspectConfig": "settings.inspect",
+    "InspectConfig": "settings.tools",
     "Inspection": "tools.inspection",
-    "PackConfig": "settings.copies",
+    "PackConfig": "settings.tools",
     "PackReport": "tools.packing",
     "PackedConfig": "runtime.registry",
     "PlanConfig": "settings.plan",
     "PruneConfig": "settings.prune",
     "RebuildConfig": "settings.prune",
-    "ReportConfig": "settings.report",
+    "ReportConfig": "settings.tools",
     "RunReport": "record.report",
-    "UnpackConfig": "settings.copies",
+    "UnpackConfig": "settings.tools",
     "compare": "comparison.compare",
     "convert": "tools.convert",
     "evaluate": "evaluation.evaluate",

@@ -4,7 +4,7 @@
 class BarberError(Exception):
     """Any problem that a user can solve; `str(error)` is one line, `exit_code` is the command's.
 
-    `message` and `hint` may be `Message`s (`messages.py`): the command line shows their settings as options.
+    Settings are named as the command line writes them: `--samples`.
     """
 
     exit_code = 1

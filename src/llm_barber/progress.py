@@ -16,7 +16,7 @@ class Progress(Protocol):
         """Finish a step."""
 
     def warn(self, message: str) -> None:
-        """Warn the user without stopping the run; a `Message` if the text names settings."""
+        """Warn the user without stopping the run."""
 
 
 class Silent:

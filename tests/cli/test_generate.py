@@ -92,29 +92,6 @@ def test_verbose_says_what_is_chosen(model: Path, capsys: pytest.CaptureFixture[
     assert "keep_packed" not in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    ("options", "code", "message"),
-    [
-        (["--chat"], 2, "--chat needs a chat template, and the tokenizer of"),
-        (["--max-new-tokens", "0"], 2, "--max-new-tokens: 0 is too small: the least is 1"),
-        (["--temperature", "nan"], 2, "--temperature: 'nan' is not a finite number"),
-        (["--temperature", "-1"], 2, "--temperature: -1 is too small: the least is 0"),
-        (["--repeats", "3"], 2, "--repeats needs --against"),
-        (["--keep-packed", "maybe"], 2, "--keep-packed: 'maybe' is not one of auto, yes, no"),
-        (["--against", "/nothing/here"], 1, "no such model: /nothing/here"),
-    ],
-)
-def test_errors_are_two_lines(
-    model: Path, options: list[str], code: int, message: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert call(model, "Once upon", "--quiet", *options) == code
-    captured = capsys.readouterr()
-    assert captured.out == ""
-    error, hint = captured.err.splitlines()
-    assert error.startswith(f"error: {message}")
-    assert hint.startswith("hint: ")
-
-
 def test_an_interrupt_shows_what_was_written(
     model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

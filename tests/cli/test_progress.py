@@ -6,7 +6,6 @@ import time
 import pytest
 
 from llm_barber.cli.progress import ConsoleProgress
-from llm_barber.messages import SettingName, message
 
 
 class Clock:
@@ -28,21 +27,6 @@ def test_the_eta_ignores_steps_of_an_earlier_run(
     clock.seconds += 10
     progress.advance("50.0% pruned")
     assert capsys.readouterr().err == f"pruning {finished + 1}/8, ETA {eta} s: 50.0% pruned\n"
-
-
-def test_a_warning_names_settings_as_options(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setenv("TERM", "dumb")
-    switch = message("{off}, or {on}", off=SettingName("rebuild", False), on=SettingName("rebuild", True))
-    settings = message("{device_memory} is of {path}: {refine:none}", path="/a/target_mix")
-    for text in (settings, "target_mix: as it is", switch):
-        ConsoleProgress(quiet=True).warn(text)
-    assert capsys.readouterr().err.splitlines() == [
-        "warning: --device-memory is of /a/target_mix: --refine none",
-        "warning: target_mix: as it is",
-        "warning: --no-rebuild, or --rebuild",
-    ]
 
 
 def test_the_bar_begins_after_finished_steps(

@@ -254,7 +254,7 @@ def test_every_row_can_be_compared(settings: dict[str, Any]) -> None:
     assert allocated.sparsity == pytest.approx(plain.sparsity, abs=1e-3)
     assert allocated.evaluation.texts[0].perplexity != plain.evaluation.texts[0].perplexity
     assert (published.granularity, published.rebuild_ratio) == ("output", 0.01)
-    with pytest.raises(SettingsError, match="alps-allocated: give a sparsity in targets"):
+    with pytest.raises(SettingsError, match="alps-allocated: N:M cannot be spread"):
         CompareConfig(**settings | {"methods": ("alps-allocated",), "targets": ("2:4",)})
 
 

@@ -13,7 +13,7 @@ from llm_barber.masking.gram import GramMatrix
 from llm_barber.masking.granularity import Granularity
 from llm_barber.masking.pattern import NofM, Unstructured
 from llm_barber.method.initial_methods import MASK_METHODS, MaskMethod, PrunableLinear, Pruned, prune_linear
-from llm_barber.settings.initial import METHOD_FACTS, Initial
+from llm_barber.settings.presets import METHOD_FACTS, Initial
 
 WEIGHT = torch.arange(32.0).view(4, 8)
 LINEAR = PrunableLinear("layer 0 mlp.up", WEIGHT, Unstructured(0.5), Granularity.OUTPUT)
@@ -21,7 +21,7 @@ LINEAR = PrunableLinear("layer 0 mlp.up", WEIGHT, Unstructured(0.5), Granularity
 
 @pytest.mark.parametrize(
     ("module", "table"),
-    [("llm_barber.settings.initial", "METHOD_FACTS"), ("llm_barber.method.initial_methods", "MASK_METHODS")],
+    [("llm_barber.settings.presets", "METHOD_FACTS"), ("llm_barber.method.initial_methods", "MASK_METHODS")],
 )
 def test_a_method_that_a_table_lacks_is_named(
     module: str, table: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

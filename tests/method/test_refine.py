@@ -253,7 +253,7 @@ def test_every_preset_runs_and_says_what_kept_weights_are(tmp_path: Path, llama:
         assert (inspection.updated is not None) is (preset is Preset.BEST)
         assert inspection.updated is None or 0 < inspection.updated <= report.weights - report.pruned
     assert kept == {"paper": "dense", "mask": "dense", "best": "tune"}
-    with pytest.raises(SettingsError, match="keep_updates goes with neither"):
+    with pytest.raises(SettingsError, match="keep-updates goes with neither"):
         PruneConfig(model=llama, output=tmp_path / "no", preset="mask", initial="sparsegpt", keep_updates=True)
 
 

@@ -19,7 +19,7 @@ from llm_barber.page.run_page import run_page
 from llm_barber.page.write import keep_with_model, read_evaluation, write_page
 from llm_barber.record.layers import BlockResult, LayerResult, LinearResult
 from llm_barber.record.report import RunReport
-from llm_barber.settings.inspect import InspectConfig
+from llm_barber.settings.tools import InspectConfig
 from tests.conftest import Listener, change_json
 from tests.helpers.text import add_tokenizer
 

@@ -2,12 +2,11 @@
 
 import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
 from safetensors.torch import load_file, save_file
 
-from llm_barber import PruneConfig, RebuildConfig
+from llm_barber import PruneConfig
 from llm_barber.errors import CalibrationError, ModelError, OutputError, SettingsError
 from tests.conftest import change_json, save_tokens
 from tests.helpers.failing_runs import expect_failure
@@ -19,7 +18,7 @@ def test_bad_input_says_what_is_wrong_and_leaves_nothing(tmp_path: Path, llama: 
     expect_failure("no such model", ModelError, tmp_path, **good | {"model": str(tmp_path / "nothing")})
     expect_failure("pattern 2:5 does not divide the 32 inputs of", ModelError, tmp_path, **good, pattern="2:5")
     error = expect_failure("beyond the model's 64 positions", CalibrationError, tmp_path, model=str(llama), seqlen=65)
-    assert error.hint == "give seqlen 64, or less"
+    assert error.hint == "give --seqlen 64, or less"
     long = save_tokens(tmp_path / "long.safetensors", tokens=65)
     error = expect_failure("beyond the model's 64", CalibrationError, tmp_path, model=str(llama), calibration=str(long))
     assert error.hint == "make a file with windows of 64 tokens or less"
@@ -49,11 +48,11 @@ def test_odd_outputs(tmp_path: Path, llama: Path, tokens: Path, monkeypatch: pyt
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
     (tmp_path / "models").mkdir()
-    with pytest.raises(SettingsError, match="contains model"):
+    with pytest.raises(SettingsError, match="contains MODEL"):
         run(shutil.copytree(llama, tmp_path / "models" / "a"), tmp_path / "models", tokens)
     shutil.copytree(llama, tmp_path / "x.partial")
     expect_failure("is in the way", OutputError, tmp_path, model=tmp_path / "x.partial", output=tmp_path / "x")
-    with pytest.raises(SettingsError, match="output"):
+    with pytest.raises(SettingsError, match="OUT"):
         PruneConfig(model="m", output=None)
 
 
@@ -80,32 +79,3 @@ def test_inputs_of_a_linear_that_overflow_are_named(tmp_path: Path, llama: Path,
         "the input of layer 1 mlp.down_proj holds NaN or Inf", ModelError, tmp_path,
         model=str(llama), calibration=str(tokens), initial=method,
     )  # fmt: skip
-
-
-def test_all_wrong_settings_are_named_at_once(tmp_path: Path) -> None:
-    with pytest.raises(SettingsError) as caught:
-        PruneConfig(model="m", output=tmp_path, sparsity=1.5, samples=0, dtype="int8", pattern="4:2", rebuild_ratio=2)
-    for part in ("sparsity 1.5", "samples", "int8", "4:2", "rebuild_ratio"):
-        assert part in str(caught.value)
-    assert caught.value.exit_code == 2
-    with pytest.raises(SettingsError, match="output is model itself"):
-        PruneConfig(model=str(tmp_path), output=tmp_path / "." / "x" / "..")
-    with pytest.raises(SettingsError, match="need the rebuild"):
-        PruneConfig(model="m", output=tmp_path, rebuild=False, granularity="block")
-    with pytest.raises(SettingsError, match="not for patterns"):
-        PruneConfig(model="m", output=tmp_path, pattern="2:4", initial_granularity="input")
-    with pytest.raises(SettingsError, match="exclude each other"):
-        PruneConfig(model="m", output=tmp_path, sparsity=0.5, pattern="2:4")
-    with pytest.raises(SettingsError, match="keep_updates needs initial sparsegpt"):
-        PruneConfig(model="m", output=tmp_path, keep_updates=True)
-    (tmp_path / "a").mkdir()
-    with pytest.raises(SettingsError, match="contains dense"):
-        RebuildConfig(dense=str(tmp_path / "a"), pruned="p", output=tmp_path)
-
-
-@pytest.mark.parametrize(
-    "settings", [{"layers": ""}, {"include": ("",)}, {"exclude": ["q_proj", " "]}, {"calibration": ""}, {"model": ""}]
-)
-def test_empty_settings_are_refused(tmp_path: Path, settings: dict[str, Any]) -> None:
-    with pytest.raises(SettingsError, match=rf"{next(iter(settings))}: is empty"):
-        PruneConfig(**{"model": "m", "output": tmp_path, **settings})

@@ -26,7 +26,7 @@ def test_a_kill_when_the_output_has_its_name(tmp_path: Path, model: Path, tokens
     before = read_untimed_files(tmp_path / "out")
     for name in (STATE_NAME, "llm-barber.lock"):
         (tmp_path / "out" / name).write_text("{}")
-    with pytest.raises(OutputError, match="by a run with other settings: rebuild_ratio .then the default, now 0.5"):
+    with pytest.raises(OutputError, match="by a run with other settings: --rebuild-ratio .then the default, now 0.5"):
         prune(PruneConfig(**settings, resume=True, rebuild_ratio=0.5))  # another run
     assert prune(PruneConfig(**settings, resume=True)) == report
     assert read_untimed_files(tmp_path / "out") == before
@@ -92,7 +92,7 @@ def test_a_model_that_is_gone_is_compared_by_its_name(
     told = Listener()
     assert prune(PruneConfig(model=model.name, **settings, resume=True), told) == report
     assert any("is not there any more" in warning for warning in told.warnings)
-    with pytest.raises(OutputError, match=f"was made with model .then {model}, now org/name"):
+    with pytest.raises(OutputError, match=f"was made with MODEL .then {model}, now org/name"):
         prune(PruneConfig(model="org/name", **settings, resume=True))
 
 

@@ -14,7 +14,7 @@ from llm_barber.masking.pattern import Unstructured, parse_pattern
 from llm_barber.record.card import model_card
 from llm_barber.run.dry_run import dry_run
 from llm_barber.runtime.load import load
-from llm_barber.settings.initial import Initial
+from llm_barber.settings.presets import Initial
 from tests.conftest import FAMILIES, Listener, bits, load_model, make_model, read_folder, save_tokens
 from tests.helpers.prune_runs import is_linear, run
 from tests.helpers.shards import split_in_two_shards
@@ -234,7 +234,7 @@ def test_a_rebuild_that_is_switched_off_means_another_preset(
 ) -> None:
     told = Listener()
     prune(PruneConfig(model=llama, output=tmp_path / "out", calibration=tokens, rebuild=False, **settings), told)
-    assert any(text.startswith("rebuild False without preset means preset paper") for text in told.warnings) is said
+    assert any(text.startswith("--no-rebuild without --preset means --preset paper") for text in told.warnings) is said
 
 
 def test_a_model_that_was_pruned_before_is_said(tmp_path: Path, llama: Path, tokens: Path) -> None:

@@ -175,7 +175,7 @@ def test_a_dry_run_says_where_it_would_go_on_and_writes_nothing(
         planned(resume=True)
     with pytest.raises(OutputError, match="unfinished run with 2 finished layers"):
         planned()
-    with pytest.raises(OutputError, match=r"started with another sparsity \(then 0.5, now 0.6\)"):
+    with pytest.raises(OutputError, match=r"started with another --sparsity \(then 0.5, now 0.6\)"):
         planned(resume=True, sparsity=0.6)
     assert read_untimed_files(tmp_path / "out.partial") == before
     run(model, tmp_path / "out", tokens, resume=True)

@@ -12,8 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from llm_barber.checkpoint.digests import files_key
 from llm_barber.errors import OutputError
-from llm_barber.settings.initial import METHOD_FACTS, Initial
-from llm_barber.settings.presets import REVISIONS, Preset
+from llm_barber.settings.presets import METHOD_FACTS, REVISIONS, Initial, Preset
 from tests.conftest import make_model, save_tokens
 from tests.helpers.runs import read_untimed_files, resume, run, run_stopped
 
@@ -38,7 +37,8 @@ def test_what_a_default_says_may_be_given(
 ) -> None:
     run_stopped(monkeypatch, model, tmp_path / "out", tokens, layers=1, **settings)
     (other,) = written_out
-    with nullcontext() if same else pytest.raises(OutputError, match=f"started with another {other}"):
+    option = f"--{other.replace('_', '-')}"
+    with nullcontext() if same else pytest.raises(OutputError, match=f"started with another {option}"):
         run(model, tmp_path / "out", tokens, resume=True, **settings, **written_out)
     if same:
         run(model, tmp_path / "whole", tokens, **settings)
@@ -66,7 +66,7 @@ def test_a_method_that_is_given_means_another_preset(
     tmp_path: Path, model: Path, tokens: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run_stopped(monkeypatch, model, tmp_path / "out", tokens)
-    with pytest.raises(OutputError, match=r"another initial \(then the default, now wanda\)\n"):
+    with pytest.raises(OutputError, match=r"another --initial \(then the default, now wanda\)\n"):
         run(model, tmp_path / "out", tokens, resume=True, initial="wanda")
 
 
@@ -90,7 +90,7 @@ def test_refuses_what_it_cannot_go_on_with(
         run(model, out, tokens)
     assert "--resume" in caught.value.hint
     with pytest.raises(
-        OutputError, match=r"(?m)another initial \(then wanda, now magnitude\), sparsity \(then 0.5, now 0.6\)$"
+        OutputError, match=r"(?m)another --initial \(then wanda, now magnitude\), --sparsity \(then 0.5, now 0.6\)$"
     ):
         run(model, out, tokens, resume=True, sparsity=0.6, initial="magnitude")
     other = save_tokens(tmp_path / "other.safetensors", seed=7)

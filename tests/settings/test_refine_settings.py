@@ -5,8 +5,7 @@ from typing import Any
 
 import pytest
 
-from llm_barber import PruneConfig, RebuildConfig, prune
-from llm_barber.errors import SettingsError
+from llm_barber import PruneConfig, prune
 from llm_barber.masking.pattern import NofM
 from llm_barber.parallel.ranks import Ranks
 from llm_barber.progress import Silent
@@ -39,30 +38,24 @@ def test_passes_and_windows_a_step_by_the_amount_of_text(windows: int, length: i
     assert chosen.sequences_a_step == 7
 
 
-@pytest.mark.parametrize(("target_mix", "of_head"), [(None, 0.5), (0.75, 0.75), (0.0, 0.0)])
-def test_the_head_is_swapped_towards_its_own_target(target_mix: float | None, of_head: float) -> None:
-    """The default mix is of tuned masks: swaps with N:M do worse with it."""
-    config = PruneConfig(model="model", output="out", pattern="2:4", prune_head=True, target_mix=target_mix)
-    settings = RefineSettings.of(config, NofM(2, 4), 8, 64)
-    assert settings is not None
-    assert settings.target_mix == (0.75 if target_mix is None else target_mix)
-    assert settings.of_head.target_mix == of_head
-
-
 @pytest.mark.parametrize(
-    ("settings", "mix"),
+    ("settings", "pattern", "mixes"),
     [
-        ({"reconstruct": "least-squares"}, 0.25),
-        ({"reconstruct": "least-squares", "target_mix": 0.5}, 0.5),
-        ({"refine": "swaps", "reconstruct": "least-squares"}, 0.5),
-        ({"reconstruct": "tune"}, 0.5),
+        ({}, NofM(2, 4), (0.75, 0.5)),  # the default mix is of tuned masks: the head's swaps do worse with it
+        ({"target_mix": 0.25}, NofM(2, 4), (0.25, 0.25)),
+        ({"refine": "none", "reconstruct": "least-squares"}, None, (0.25, 0.25)),
+        ({"refine": "none", "reconstruct": "least-squares", "target_mix": 0.5}, None, (0.5, 0.5)),
+        ({"refine": "swaps", "reconstruct": "least-squares"}, None, (0.5, 0.5)),
+        ({"refine": "none", "reconstruct": "tune"}, None, (0.5, 0.5)),
     ],
 )
-def test_least_squares_alone_has_its_own_target(settings: dict[str, Any], mix: float) -> None:
-    config = PruneConfig(model="model", output="out", **{"refine": "none", "prune_head": True, **settings})
-    refining = RefineSettings.of(config, None, 8, 64)
+def test_target_mix_of_layers_and_of_the_head(
+    settings: dict[str, Any], pattern: NofM | None, mixes: tuple[float, float]
+) -> None:
+    config = PruneConfig(model="model", output="out", prune_head=True, **settings)
+    refining = RefineSettings.of(config, pattern, 8, 64)
     assert refining is not None
-    assert (refining.target_mix, refining.of_head.target_mix) == (mix, mix)
+    assert (refining.target_mix, refining.of_head.target_mix) == mixes
 
 
 def test_the_target_is_that_of_most_weights(tmp_path: Path, model: Path, tokens: Path) -> None:
@@ -104,40 +97,14 @@ def test_the_share_that_is_held_out_is_read_as_it_is_written(share: float, seque
     assert settings.held_out == held_out
 
 
-def preset_of(config: PruneConfig) -> str | None:
-    """The preset that the record of a run names."""
-    preset: str | None = prepare_prune(config, Silent(), Ranks()).resolved["preset"]
-    return preset
-
-
 def test_a_preset_with_settings_of_ones_own_is_not_called_that(tmp_path: Path, model: Path, tokens: Path) -> None:
-    common = {"model": model, "calibration": tokens, "report": False, "overwrite": True, "output": tmp_path / "out"}
-    assert preset_of(PruneConfig(**common, preset="mask", refine="tune")) == "mask"
-    for settings in (
-        {"guard": 0.0},
-        {"target_mix": 1.0},
-        {"tune_passes": 1},
-        {"tune_windows": 1},
-        {"preset": "mask", "initial": "magnitude"},
+    common = {"model": model, "calibration": tokens, "report": False, "output": tmp_path / "out"}
+    for settings, preset in (
+        ({"preset": "mask", "refine": "tune"}, "mask"),
+        ({"guard": 0.0}, None),
+        ({"target_mix": 1.0}, None),
+        ({"tune_passes": 1}, None),
+        ({"tune_windows": 1}, None),
+        ({"preset": "mask", "initial": "magnitude"}, None),
     ):
-        assert preset_of(PruneConfig(**common, **settings)) is None
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"refine": "tune", "reconstruct": "least-squares"}, "does not go with refine tune, which was asked"),
-        ({"preset": "mask", "reconstruct": "least-squares"}, "is the preset's: give refine swaps or none, too"),
-        ({"preset": "paper", "target_mix": 0.3}, "target_mix needs refine or reconstruct"),
-        ({"preset": "paper", "guard": 0.3}, "guard needs refine or reconstruct"),
-        ({"preset": "mask", "swaps": 10}, "swaps needs refine swaps"),
-        ({"refine": "swaps", "tune_passes": 2}, "tune_passes are of refine tune and reconstruct tune"),
-        ({"refine": "swaps", "tune_windows": 2}, "tune_windows are of refine tune and reconstruct tune"),
-    ],
-)
-def test_settings_that_do_not_go_together(tmp_path: Path, model: Path, settings: dict[str, Any], message: str) -> None:
-    with pytest.raises(SettingsError, match=message):
-        PruneConfig(model=model, output=tmp_path / "out", **settings)
-    if "preset" not in settings:
-        with pytest.raises(SettingsError, match=message):
-            RebuildConfig(dense=model, pruned=tmp_path, output=tmp_path / "out", **settings)
+        assert prepare_prune(PruneConfig(**common, **settings), Silent(), Ranks()).resolved["preset"] == preset

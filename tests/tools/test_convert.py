@@ -10,7 +10,7 @@ import torch
 
 from llm_barber.checkpoint.source import CheckpointSource
 from llm_barber.errors import ModelError, SettingsError
-from llm_barber.settings.copies import ConvertConfig
+from llm_barber.settings.tools import ConvertConfig
 from llm_barber.tools.convert import PICKLED, PICKLED_INDEX, convert, pickled_files
 from tests.conftest import read_folder
 
@@ -120,7 +120,7 @@ def test_code_in_a_pickle_is_not_run(tmp_path: Path, llama: Path, plain: bool) -
 def test_damaged_and_missing_files(tmp_path: Path, llama: Path) -> None:
     with pytest.raises(ModelError, match=f"has no {PICKLED}"):
         convert(ConvertConfig(model=str(llama), output=tmp_path / "out"))
-    with pytest.raises(SettingsError, match="output is model itself"):
+    with pytest.raises(SettingsError, match="is MODEL"):
         ConvertConfig(model=str(llama), output=llama, overwrite=True)
     pickled(llama, {"x": torch.zeros(100)})
     (llama / PICKLED).write_bytes((llama / PICKLED).read_bytes()[:300])

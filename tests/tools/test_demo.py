@@ -15,8 +15,8 @@ from llm_barber.checkpoint.source import CheckpointSource
 from llm_barber.cli import _main
 from llm_barber.errors import ModelError, OutputError
 from llm_barber.evaluation import texts
-from llm_barber.settings.demo import DemoConfig
 from llm_barber.settings.presets import Allocation, Preset, Refine
+from llm_barber.settings.tools import DemoConfig
 from llm_barber.text import calibration
 from llm_barber.text.calibration import read_text
 from llm_barber.tools.demo import (
@@ -142,7 +142,7 @@ def test_a_wrong_setting_is_refused_before_libraries_are_imported(tmp_path: Path
     code = "import sys, llm_barber.cli as c; print(c._main(['demo', '--samples=0']), 'torch' in sys.modules)"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path)
     assert result.stdout == "2 False\n"
-    assert result.stderr.startswith("error: --samples: 0 is too small: the least is 1\n")
+    assert result.stderr.startswith("error: --samples: '0' should be greater than or equal to 1\n")
 
 
 def test_a_full_demonstration_has_more_text() -> None:

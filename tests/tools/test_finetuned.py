@@ -150,7 +150,7 @@ def test_the_output_is_named_as_that_of_all_commands(
     assert (tmp_path / "out" / RECORD_NAME).is_file()
     with pytest.raises(SettingsError, match="is the current folder"):
         save_finetuned(train(pruned), tmp_path, overwrite=True)
-    with pytest.raises(SettingsError, match="lies inside pruned"):
+    with pytest.raises(SettingsError, match="lies inside the pruned checkpoint"):
         save_finetuned(train(pruned), pruned / "inside")
 
 
@@ -236,7 +236,7 @@ def test_outputs_are_those_of_the_model(pruned: Path, tmp_path: Path) -> None:
 
 def test_what_cannot_be_continued(pruned: Path, tmp_path: Path) -> None:
     model = train(pruned)
-    with pytest.raises(SettingsError, match="output is pruned itself"):
+    with pytest.raises(SettingsError, match="is the pruned checkpoint"):
         save_finetuned(model, pruned, overwrite=True)
     with pytest.raises(ModelError, match=r"has no barber\.json that could be continued"):
         save_finetuned(model, tmp_path / "out", pruned.parent / "dense")

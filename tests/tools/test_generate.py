@@ -15,7 +15,7 @@ from transformers import AutoTokenizer
 from llm_barber import GenerateConfig, Generation, PackConfig, PruneConfig, generate, load, pack, prune
 from llm_barber.errors import BarberError, CalibrationError, ModelError, SettingsError
 from llm_barber.progress import Silent
-from llm_barber.settings.generate import KeepPacked
+from llm_barber.settings.tools import KeepPacked
 from llm_barber.tools.generate import Clock
 from llm_barber.tools.generation import Speed
 from llm_barber.tools.prompt import prompt_tokens, read_prompt
@@ -192,13 +192,13 @@ def test_the_chat_template_is_applied_once_and_texts_begin_once(model: Path) -> 
 
 
 def test_a_chat_template_that_is_missing_or_fails(model: Path) -> None:
-    with pytest.raises(SettingsError, match="chat True needs a chat template, and the tokenizer of") as caught:
+    with pytest.raises(SettingsError, match="--chat needs a chat template, and the tokenizer of") as caught:
         run(model, chat=True)
-    assert "prompt is then continued as text" in caught.value.hint
+    assert "PROMPT is then continued as text" in caught.value.hint
     (model / "chat_template.jinja").write_text("{{ raise_exception('no users here') }}")
     with pytest.raises(ModelError, match="the chat template of .* fails: no users here") as failed:
         run(model)
-    assert failed.value.hint == "chat False continues prompt as text"
+    assert failed.value.hint == "--no-chat continues PROMPT as text"
     assert run(model, chat=False).chat is False
 
 
@@ -218,17 +218,15 @@ def test_the_prompt_comes_from_standard_input(monkeypatch: pytest.MonkeyPatch) -
 @pytest.mark.parametrize(
     ("settings", "problem"),
     [
-        ({"prompt": " "}, "prompt: is empty"),
-        ({"prompt": "\udcff"}, "prompt: is not valid UTF-8"),
-        ({"max_new_tokens": 0}, "max_new_tokens: 0 is too small: the least is 1"),
-        ({"max_new_tokens": -3}, "max_new_tokens: -3 is too small: the least is 1"),
-        ({"temperature": -0.5}, "temperature: -0.5 is too small: the least is 0"),
-        ({"temperature": float("nan")}, "temperature: nan is not a finite number"),
-        ({"temperature": 1e-30}, "temperature: 1e-30 is too small"),
-        ({"keep_packed": "maybe"}, "keep_packed: 'maybe' is not one of auto, yes, no"),
-        ({"repeats": 2}, "repeats needs against"),
-        ({"dtype": "int8"}, "dtype: 'int8' is not one of"),
-        ({"device": "tpu"}, "device: unknown device 'tpu'"),
+        ({"prompt": " "}, "PROMPT: the value is empty"),
+        ({"prompt": "\udcff"}, "PROMPT: is not valid UTF-8"),
+        ({"max_new_tokens": 0}, "--max-new-tokens: 0 should be greater than or equal to 1"),
+        ({"temperature": -0.5}, "--temperature: -0.5 should be greater than or equal to 0"),
+        ({"temperature": 1e-30}, "--temperature: 1e-30 is too small"),
+        ({"keep_packed": "maybe"}, "--keep-packed: 'maybe' should be 'auto', 'yes' or 'no'"),
+        ({"repeats": 2}, "--repeats needs --against"),
+        ({"dtype": "int8"}, "--dtype: 'int8' should be"),
+        ({"device": "tpu"}, "--device: unknown device 'tpu'"),
     ],
 )
 def test_wrong_settings_are_named(settings: dict[str, Any], problem: str) -> None:

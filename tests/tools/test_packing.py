@@ -128,9 +128,9 @@ def test_bad_input(tmp_path: Path, pruned: Path) -> None:
         pack(PackConfig(model=packed, output=tmp_path / "out"))
     with pytest.raises(OutputError, match="exists"):
         pack(PackConfig(model=pruned, output=packed))
-    with pytest.raises(SettingsError, match="output is model itself"):
+    with pytest.raises(SettingsError, match="is PRUNED"):
         PackConfig(model=pruned, output=pruned / "." / "x" / "..", overwrite=True)
-    with pytest.raises(SettingsError, match="contains model"):
+    with pytest.raises(SettingsError, match="contains PRUNED"):
         PackConfig(model=pruned, output=pruned.parent, overwrite=True)
 
     def broken(problem: str) -> None:

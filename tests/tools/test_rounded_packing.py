@@ -22,7 +22,7 @@ from llm_barber.cli.tables import show_inspection, show_packing
 from llm_barber.errors import ModelError, SettingsError, VerificationError
 from llm_barber.record.file import read_record
 from llm_barber.runtime.load import load
-from llm_barber.settings.copies import UnpackConfig
+from llm_barber.settings.tools import UnpackConfig
 from tests.conftest import make_model, save_tokens
 from tests.helpers.damage import damaged
 from tests.helpers.text import add_tokenizer

@@ -10,7 +10,7 @@ from llm_barber.checkpoint.durable import is_full
 from llm_barber.checkpoint.gguf import converted_gguf
 from llm_barber.checkpoint.regular import check_all_regular, check_regular
 from llm_barber.errors import HubError, ModelError
-from llm_barber.messages import SettingName, message
+from llm_barber.messages import as_option
 from llm_barber.progress import Progress
 
 INDEX_NAME = "model.safetensors.index.json"
@@ -84,8 +84,7 @@ def is_hub_id(model: str) -> bool:
 def warn_of_revision(setting: str, revision: str | None, model: str, progress: Progress) -> None:
     """Warn of a revision of a model that is no hub id; `setting`: its name."""
     if revision is not None and local_path(model) is not None:
-        unused = "{setting} counts for nothing: {model} is not a hub id"
-        progress.warn(message(unused, setting=SettingName(setting, revision), model=model))
+        progress.warn(f"{as_option(setting)} {revision} counts for nothing: {model} is not a hub id")
 
 
 def check_folder(folder: Path) -> None:

@@ -11,7 +11,7 @@ from llm_barber.checkpoint.durable import sync_file
 from llm_barber.checkpoint.output import clear
 from llm_barber.checkpoint.state import START_AGAIN, STATE_NAME, RunState, read_state, updated_name
 from llm_barber.errors import OutputError, UnfinishedRunError
-from llm_barber.messages import Message, SettingName, joined, message
+from llm_barber.messages import as_option
 
 
 def take_up(folder: Path, key: Mapping[str, Any], overwrite: bool, resume: bool) -> tuple[RunState | None, list[str]]:
@@ -92,7 +92,7 @@ def check_key(state: RunState, key: Mapping[str, Any]) -> None:
     expected = json.loads(json.dumps(key))
     given, given_before = expected.pop("given", {}), _mapping(state.key.get("given"))
     differing = differing_names(expected, {name: value for name, value in state.key.items() if name != "given"})
-    differences: list[str | Message] = [name for name in differing if name != "settings"]
+    differences = [name for name in differing if name != "settings"]
     if "settings" in differing:
         settings, before = expected["settings"], _mapping(state.key.get("settings"))
         names = differing_names(given, given_before)
@@ -105,17 +105,15 @@ def check_key(state: RunState, key: Mapping[str, Any]) -> None:
             differences.extend(differing_names(settings, before))
     if differences:
         raise UnfinishedRunError(
-            Message("the unfinished run was started with another ", joined(", ", map(Message, differences))),
+            f"the unfinished run was started with another {', '.join(differences)}",
             f"repeat the settings and files that it was started with, or {START_AGAIN}",
         )
 
 
-def both_values(setting: str, before: Any, given: Any) -> Message:
+def both_values(setting: str, before: Any, given: Any) -> str:
     """A setting with its value in an earlier run and its value in this one; None or empty: the default."""
     words = ["the default" if value in (None, [], {}) else value for value in (before, given)]
-    return message(
-        "{setting} (then {before}, now {given})", setting=SettingName(setting), before=words[0], given=words[1]
-    )
+    return f"{as_option(setting)} (then {words[0]}, now {words[1]})"
 
 
 def _mapping(value: Any) -> Mapping[str, Any]:

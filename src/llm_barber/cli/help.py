@@ -1,7 +1,6 @@
 """The text of `--help`: usage, description, panels of options in two columns, examples.
 
-Typer's help has separate columns for types, choices and defaults, and imports a Markdown renderer: it takes twice the
-lines, and starts later.
+Typer's help has five columns: on a terminal of 80 characters it cuts options' names, and takes twice the lines.
 """
 
 from typing import Any
@@ -12,11 +11,7 @@ from rich.table import Table
 from rich.text import Text
 from typer.core import TyperCommand, TyperGroup
 
-from llm_barber.cli.options import OUTPUT
-
-ARGUMENTS, OPTIONS, COMMANDS = "Arguments", "Options", "Commands"
-FEW_PARAMETERS = 14  # most parameters of a command whose options share a single panel
-Rows = list[tuple[str, str]]  # names as the user types them, and the help text
+OUTPUT = "Output"  # the panel of options without one
 
 
 class HelpCommand(TyperCommand):
@@ -24,18 +19,7 @@ class HelpCommand(TyperCommand):
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
         """Print the help on stdout."""
-        parameters = self.get_params(ctx)
-        panels: dict[str, Rows] = {}
-        for parameter in parameters:
-            if parameter.param_type_name == "argument":
-                panel = ARGUMENTS
-            elif len(parameters) <= FEW_PARAMETERS:
-                panel = OPTIONS
-            else:
-                panel = getattr(parameter, "rich_help_panel", None) or OUTPUT
-            panels.setdefault(panel, []).append(_row(parameter))
-        usage = " ".join([ctx.command_path, "[OPTIONS]", *(names for names, _ in panels.get(ARGUMENTS, []))])
-        _print_help(usage, self.help, panels, self.epilog)
+        _print_help(ctx, self, "[OPTIONS]", {})
 
 
 class HelpGroup(TyperGroup):
@@ -43,40 +27,23 @@ class HelpGroup(TyperGroup):
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
         """Print the help on stdout."""
-        commands: Rows = []
-        for name in self.list_commands(ctx):
-            command = self.get_command(ctx, name)
-            if command is not None:
-                commands.append((name, _paragraphs(command.help)[0]))
-        options: Rows = [_row(option) for option in self.get_params(ctx)]
-        usage = f"{ctx.command_path} COMMAND [OPTIONS] …"
-        _print_help(usage, self.help, {COMMANDS: commands, OPTIONS: options}, self.epilog)
+        rows = [(name, _paragraphs(command.help)[0]) for name, command in self.commands.items()]
+        _print_help(ctx, self, "COMMAND [OPTIONS] …", {"Commands": rows})
 
 
-def _row(parameter: Any) -> tuple[str, str]:
-    """Row of a panel: an argument or option as the user types it, and its help text."""
-    return _names(parameter), (getattr(parameter, "help", None) or "").removesuffix(".")
-
-
-def _names(parameter: Any) -> str:
-    """Show an argument or option as the user types it: `MODEL`, `--samples N`, `--bos/--no-bos`."""
-    if parameter.param_type_name == "argument":
-        return str(parameter.metavar)
-    names = "/".join((*sorted(parameter.opts, key=len, reverse=True), *parameter.secondary_opts))  # --help/-h
-    return names if parameter.is_flag or not parameter.metavar else f"{names} {parameter.metavar}"
-
-
-def _paragraphs(text: str | None) -> list[str]:
-    """Split a text at blank lines, and join the lines of each paragraph."""
-    return [" ".join(paragraph.split()) for paragraph in (text or "").split("\n\n")]
-
-
-def _print_help(usage: str, description: str | None, panels: dict[str, Rows], epilog: str | None) -> None:
-    """Print a help text on stdout, its panels with columns of equal widths."""
+def _print_help(ctx: Any, command: Any, usage: str, panels: dict[str, list[tuple[str, str]]]) -> None:
+    """Print a help text on stdout; each panel has rows of names and their help, in columns of equal widths."""
+    for parameter in command.get_params(ctx):
+        if parameter.param_type_name == "argument":
+            usage += f" {parameter.metavar}"
+            panels.setdefault("Arguments", []).append((parameter.metavar, parameter.help))
+        else:
+            names = "/".join((*sorted(parameter.opts, key=len, reverse=True), *parameter.secondary_opts))  # --help/-h
+            panel = getattr(parameter, "rich_help_panel", None) or OUTPUT
+            panels.setdefault(panel, []).append((f"{names} {parameter.metavar or ''}".rstrip(), parameter.help))
     console = Console(highlight=False)
-    for paragraph in (f"Usage: {usage}", *_paragraphs(description)):
-        console.print(Text(paragraph))
-        console.print()
+    for paragraph in (f"Usage: {ctx.command_path} {usage}", *_paragraphs(command.help)):
+        console.print(Text(paragraph), end="\n\n")
     width = max(len(names) for rows in panels.values() for names, _ in rows)
     for title, rows in panels.items():
         table = Table.grid(expand=True)
@@ -85,5 +52,10 @@ def _print_help(usage: str, description: str | None, panels: dict[str, Rows], ep
         for row in rows:
             table.add_row(*map(Text, row))
         console.print(Panel(table, title=title, title_align="left", border_style="dim"))
-    for paragraph in _paragraphs(epilog):
+    for paragraph in _paragraphs(command.epilog):
         console.print(Text(paragraph), soft_wrap=True)
+
+
+def _paragraphs(text: str | None) -> list[str]:
+    """Split a text at blank lines, and join the lines of each paragraph."""
+    return [" ".join(paragraph.split()) for paragraph in (text or "").split("\n\n")]

@@ -1,4 +1,4 @@
-"""Commands that measure and compare.
+"""Commands that measure, compare, look at models and write copies of them.
 
 Each calls a function with its settings and shows the result; no logic.
 """
@@ -7,13 +7,18 @@ from typing import Annotated
 
 import typer
 
-from llm_barber.cli.app import command, print_json
-from llm_barber.cli.options import OUTPUT, JsonOption, QuietOption, VerboseOption
-from llm_barber.errors import InterruptedTextError, ModelError
-from llm_barber.settings.compare import CompareConfig
-from llm_barber.settings.evaluate import EvaluateConfig
-from llm_barber.settings.generate import GenerateConfig
-from llm_barber.settings.report import ReportConfig
+from llm_barber.cli.app import JsonOption, QuietOption, command, print_json, progress_on_stderr, show
+from llm_barber.cli.help import OUTPUT
+from llm_barber.errors import InterruptedTextError, ModelError, VerificationError
+from llm_barber.settings.compare import CompareConfig, EvaluateConfig
+from llm_barber.settings.tools import (
+    ConvertConfig,
+    GenerateConfig,
+    InspectConfig,
+    PackConfig,
+    ReportConfig,
+    UnpackConfig,
+)
 
 KeepOption = Annotated[
     bool,
@@ -24,11 +29,94 @@ KeepOption = Annotated[
         rich_help_panel=OUTPUT,
     ),
 ]
+VerboseOption = Annotated[
+    bool,
+    typer.Option(
+        "--verbose",
+        "-v",
+        help="Say which instructions and packed linears are used",
+        rich_help_panel=OUTPUT,
+    ),
+]
+SHOWN_PROBLEMS = 5
+
+
+@command(
+    InspectConfig,
+    ("llm-barber inspect pruned", "llm-barber inspect pruned --dense meta-llama/Llama-3.2-1B --json"),
+)
+def inspect(config: InspectConfig, json: JsonOption = False, quiet: QuietOption = False) -> None:
+    """Show sparsity and N:M patterns of MODEL, and check it against its record and a dense model.
+
+    The exit code is 1 if something differs.
+    """
+    with progress_on_stderr(quiet) as progress:
+        from llm_barber.tools.inspection import inspect as run
+
+        inspection = run(config, progress)
+    show(inspection, json, "show_inspection", also=("sparsity", "patterns"))
+    if inspection.problems:
+        shown = "; ".join(inspection.problems[:SHOWN_PROBLEMS])
+        more = len(inspection.problems) - SHOWN_PROBLEMS
+        raise VerificationError(
+            shown + (f"; and {more} more" if more > 0 else ""),
+            f"the folder was changed{'' if config.dense is None else ', or is not of that dense model'}",
+        )
+
+
+@command(
+    PackConfig,
+    ("llm-barber pack pruned packed", "llm-barber pack pruned packed-int8 --values int8"),
+)
+def pack(config: PackConfig, json: JsonOption = False, quiet: QuietOption = False) -> None:
+    """Store the pruned model PRUNED in fewer bytes, as kept values and their positions.
+
+    At 50 % sparsity the pruned linears of a bfloat16 model take 56 % of their bytes. inspect, evaluate and generate
+    read PACKED, and so does transformers after llm_barber.register(). Other programs need it unpacked. --values int8
+    rounds kept weights, to 32 % of the bytes. That changes the model: check it with evaluate --against PRUNED.
+    """
+    _run_packing(config, json, quiet)
+
+
+@command(UnpackConfig, ("llm-barber unpack packed unpacked",))
+def unpack(config: UnpackConfig, json: JsonOption = False, quiet: QuietOption = False) -> None:
+    """Restore the files that were packed, bit for bit.
+
+    A model with int8 values becomes a dense model whose weights are rounded.
+    """
+    _run_packing(config, json, quiet)
+
+
+@command(
+    ConvertConfig,
+    ("llm-barber convert ./model-with-pytorch_model.bin converted",),
+)
+def convert(config: ConvertConfig, json: JsonOption = False, quiet: QuietOption = False) -> None:
+    """Convert pickled weights to safetensors, without running the code that pickles can hold.
+
+    The other commands do not read pickles.
+    """
+    with progress_on_stderr(quiet) as progress:
+        from llm_barber.tools.convert import convert as run
+
+        report = run(config, progress)
+    if json:
+        print_json(report.model_dump(mode="json"))
+    else:
+        print(f"{report.output}: {report.tensors} tensors, {report.bytes:,} bytes, from {report.files} files")
+
+
+def _run_packing(config: UnpackConfig, json: bool, quiet: bool) -> None:
+    """Pack or unpack a checkpoint, and show the result."""
+    with progress_on_stderr(quiet) as progress:
+        from llm_barber.tools import packing
+
+        report = packing.pack(config, progress) if isinstance(config, PackConfig) else packing.unpack(config, progress)
+    show(report, json, "show_packing", not isinstance(config, PackConfig))
 
 
 @command(
     EvaluateConfig,
-    {"model": "MODEL"},
     (
         "llm-barber evaluate pruned --against meta-llama/Llama-3.2-1B",
         "llm-barber evaluate pruned --text wikitext2 --text my-text.txt --windows 32 --seqlen 1024 --json",
@@ -44,26 +132,18 @@ def evaluate(
     Perplexity is exp of the mean loss over the tokens of windows without overlap. Tasks are zero-shot, through lm-eval
     (the extra `eval`). Both are computed one decoder layer at a time.
     """
-    from llm_barber.cli.progress import ConsoleProgress
-
-    with ConsoleProgress(quiet) as progress:
+    with progress_on_stderr(quiet) as progress:
         from llm_barber.evaluation.evaluate import evaluate as run
         from llm_barber.page.write import keep_with_model
 
         result = run(config, progress)
         if keep:
             keep_with_model(result, progress)
-    if json:
-        print_json(result.model_dump(mode="json"))
-    else:
-        from llm_barber.cli.tables import show_evaluation
-
-        show_evaluation(result)
+    show(result, json, "show_evaluation")
 
 
 @command(
     GenerateConfig,
-    {"model": "MODEL", "prompt": "PROMPT"},
     (
         "llm-barber generate packed 'Why is the sky blue?'",
         "llm-barber generate packed 'Why is the sky blue?' --against meta-llama/Llama-3.2-1B-Instruct",
@@ -78,20 +158,12 @@ def generate(
     The text goes to stdout as it is written, speed and memory to stderr. With --against both texts and a table go to
     stdout. A model is warmed up before it is timed.
     """
-    from llm_barber.cli.progress import ConsoleProgress
-
-    with ConsoleProgress(quiet, verbose=verbose) as progress:
+    with progress_on_stderr(quiet, verbose=verbose) as progress:
         from llm_barber.tools.generate import generate as run
 
         streamed = config.against is None and not json
         generation = run(config, progress, progress.write if streamed else None)
-    if json:
-        ratios = {"prefill_ratio": generation.prefill_ratio, "decode_ratio": generation.decode_ratio}
-        print_json({**generation.model_dump(mode="json"), **ratios})
-    else:
-        from llm_barber.cli.generation_tables import show_generation
-
-        show_generation(generation, config)
+    show(generation, json, "show_generation", config, also=("prefill_ratio", "decode_ratio"))
     if generation.interrupted:
         raise InterruptedTextError(
             f"interrupted after {len(generation.generated.tokens)} of {config.max_new_tokens} tokens",
@@ -101,7 +173,6 @@ def generate(
 
 @command(
     CompareConfig,
-    {"model": "MODEL", "output": "OUT"},
     (
         "llm-barber compare meta-llama/Llama-3.2-1B comparison --calibration c4 --tasks paper",
         "llm-barber compare ./model comparison --methods wanda,sparsegpt --targets 0.5,2:4 --samples 32 --seqlen 512",
@@ -114,18 +185,11 @@ def compare(config: CompareConfig, json: JsonOption = False, quiet: QuietOption 
     OUT gets the tables (comparison.md, .csv, .json), a plot of perplexity against sparsity (.svg) and a page (.html).
     Finished cells are kept: started again, after an interruption or with more methods, it computes what is missing.
     """
-    from llm_barber.cli.progress import ConsoleProgress
-
-    with ConsoleProgress(quiet) as progress:
+    with progress_on_stderr(quiet) as progress:
         from llm_barber.comparison.compare import compare as run
 
         comparison = run(config, progress)
-    if json:
-        print_json(comparison.model_dump(mode="json"))
-    else:
-        from llm_barber.cli.tables import show_comparison
-
-        show_comparison(comparison, config.output)
+    show(comparison, json, "show_comparison", config.output)
     if comparison.failures:
         raise ModelError(
             f"{len(comparison.failures)} of {len(comparison.cells)} cells could not be done: "
@@ -135,7 +199,7 @@ def compare(config: CompareConfig, json: JsonOption = False, quiet: QuietOption 
         )
 
 
-@command(ReportConfig, {"folder": "OUT"}, ("llm-barber report pruned", "llm-barber report pruned --output pruned.html"))
+@command(ReportConfig, ("llm-barber report pruned", "llm-barber report pruned --output pruned.html"))
 def report(config: ReportConfig) -> None:
     """Write the page of a finished run: settings, errors, swaps, sparsity, time, and its evaluation if there is one.
 

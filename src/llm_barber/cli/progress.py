@@ -19,8 +19,6 @@ from rich.progress import (
 from rich.progress import Progress as Bars
 from rich.table import Column
 
-from llm_barber.messages import Message
-
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # all but tabs and line ends
 LOGGER = logging.getLogger("llm_barber")
 PLAIN_INTERVAL = 2.0  # seconds between lines where there is no terminal
@@ -113,8 +111,7 @@ class ConsoleProgress:
         if self._muted:
             return
         console = Console(stderr=True, highlight=False, markup=False) if self.console.quiet else self.console
-        shown = message.as_options if isinstance(message, Message) else message
-        console.print(f"warning: {shown}", style="yellow", soft_wrap=True)
+        console.print(f"warning: {message}", style="yellow", soft_wrap=True)
 
     def write(self, text: str) -> None:
         """Write text on stdout as it is, without a line end; the bar is gone from then on.

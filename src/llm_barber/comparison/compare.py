@@ -27,7 +27,7 @@ from llm_barber.loading.tokenizer import load_tokenizer
 from llm_barber.model.device import resolve_device
 from llm_barber.progress import Progress, Silent
 from llm_barber.run.commands import prune
-from llm_barber.settings.checked import takes
+from llm_barber.settings.base import takes
 from llm_barber.settings.compare import CompareConfig
 from llm_barber.settings.prune import PruneConfig
 from llm_barber.text.calibration import check_calibration, load_calibration, token_shape

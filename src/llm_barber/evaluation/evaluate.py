@@ -20,8 +20,8 @@ from llm_barber.loading.same_tokens import check_same_tokenizer, check_same_voca
 from llm_barber.loading.tokenizer import check_vocabulary, load_tokenizer
 from llm_barber.model.device import resolve_batch_size, resolve_device, resolve_dtype
 from llm_barber.progress import Progress, Silent
-from llm_barber.settings.checked import takes
-from llm_barber.settings.evaluate import EvaluateConfig
+from llm_barber.settings.base import takes
+from llm_barber.settings.compare import EvaluateConfig
 from llm_barber.text.windows import beginning_of_texts
 from llm_barber.usage import versions
 

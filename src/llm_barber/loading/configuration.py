@@ -11,7 +11,7 @@ from transformers import AutoConfig, GenerationConfig, PreTrainedConfig
 from llm_barber.checkpoint.packed_configuration import KEY, names_packed
 from llm_barber.checkpoint.source import CheckpointSource
 from llm_barber.errors import CalibrationError, ModelError, first_line
-from llm_barber.messages import SettingName, message
+from llm_barber.messages import as_option
 
 GENERATION_CONFIG = "generation_config.json"
 
@@ -127,7 +127,7 @@ def check_positions(config: PreTrainedConfig, seqlen: int, setting: str | None =
     positions = getattr(config, "max_position_embeddings", None)
     if positions is not None and seqlen > positions:
         shorter = (
-            message("give {setting}, or less", setting=SettingName(setting, str(positions)))
+            f"give {as_option(setting)} {positions}, or less"
             if setting
             else f"make a file with windows of {positions} tokens or less"
         )

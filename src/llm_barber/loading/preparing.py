@@ -14,13 +14,13 @@ from llm_barber.loading.configuration import check_positions, load_config
 from llm_barber.loading.job import Job
 from llm_barber.loading.opening import check_tensors, open_skeleton, warn_of_lacking_buffers
 from llm_barber.loading.tokenizer import check_vocabulary, load_tokenizer
-from llm_barber.messages import SettingName, message
+from llm_barber.messages import as_option
 from llm_barber.model.device import resolve_batch_size, resolve_device, resolve_dtype
 from llm_barber.model.structure import find_architecture
 from llm_barber.parallel.ranks import Ranks, local_rank
 from llm_barber.progress import Progress
 from llm_barber.settings.presets import Allocation
-from llm_barber.settings.run import RunSettings
+from llm_barber.settings.prune import RunSettings
 from llm_barber.settings.targets import Targets
 from llm_barber.text.calibration import CalibrationTokens, check_calibration, check_text_fits, load_calibration
 from llm_barber.text.suffixes import TOKEN_FILE_SUFFIX
@@ -100,15 +100,15 @@ def _choose_device(settings: RunSettings, ranks: Ranks, progress: Progress) -> t
         SettingsError: there is no such device, or several processes would share it.
     """
     if ranks.count > 1 and settings.device.startswith("cuda:"):
-        shared = message("{count} processes cannot share {device}", count=ranks.count, device=settings.device)
+        shared = f"{ranks.count} processes cannot share {settings.device}"
         raise SettingsError(shared, "leave out --device")
     device = resolve_device(settings.device)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     elif settings.device_memory is not None:
-        progress.warn(message("{device_memory} counts for nothing without a GPU; {memory} bounds the host's"))
+        progress.warn("--device-memory counts for nothing without a GPU; --memory bounds the host's")
     if device.type == "cpu" and settings.activations_off_device:
-        progress.warn(message("{activations_off_device} counts for nothing without a GPU"))
+        progress.warn("--activations-off-device counts for nothing without a GPU")
     return device
 
 
@@ -130,11 +130,10 @@ def _read_windows(
     sequences, seqlen = tokens.input_ids.shape
     for name, value in (("samples", sequences), ("seqlen", seqlen)):
         if getattr(settings, name) not in (value, type(settings).model_fields[name].default):
-            unused = (
-                "{setting} counts for nothing: {text} has {sequences} windows of {seqlen} tokens, and all are taken"
+            progress.warn(
+                f"{as_option(name)} {getattr(settings, name)} counts for nothing: {settings.calibration} has "
+                f"{sequences} windows of {seqlen} tokens, and all are taken"
             )
-            setting, text = SettingName(name, str(getattr(settings, name))), settings.calibration
-            progress.warn(message(unused, setting=setting, text=text, sequences=sequences, seqlen=seqlen))
     check_positions(config, seqlen, setting=None)
     check_vocabulary(config, tokens.input_ids)
     return tokens

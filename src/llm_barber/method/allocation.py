@@ -10,7 +10,6 @@ from llm_barber.masking.gradient_squares import FisherSums
 from llm_barber.masking.owl import layer_sparsities, outlier_share
 from llm_barber.masking.saliency import wanda
 from llm_barber.masking.statistics import InputSquares
-from llm_barber.messages import message
 from llm_barber.method.dense_layers import dense_layers, first_input_kept
 from llm_barber.method.few_tokens import linears_with_few_tokens, total_token_counts
 from llm_barber.method.initial_masks import InitialMasks
@@ -85,8 +84,8 @@ def _by_outliers(
         sparsities = layer_sparsities(list(shares.values()), list(sizes.values()), sparsity)
     except ValueError as error:
         raise SettingsError(
-            message("{allocation:owl}: {error}", error=error),
-            message("choose a sparsity nearer to 0.5, or {allocation:uniform}"),
+            f"--allocation owl: {error}",
+            "choose a sparsity nearer to 0.5, or --allocation uniform",
         ) from error
     return {
         job.linear_name(index, name): layer_sparsity

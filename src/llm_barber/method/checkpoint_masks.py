@@ -19,7 +19,7 @@ from llm_barber.model.streams import ActivationStreams
 from llm_barber.record.file import read_record
 from llm_barber.record.report import SourceFiles
 from llm_barber.record.verification import recorded_order
-from llm_barber.settings.initial import Initial
+from llm_barber.settings.presets import Initial
 
 CHANCE = 0.01  # an output head with a larger share of zeros was pruned
 

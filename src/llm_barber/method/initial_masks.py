@@ -12,7 +12,7 @@ from llm_barber.method.pruned_linear import PrunedLinear
 from llm_barber.model.block import DecoderLayer
 from llm_barber.model.streams import ActivationStreams
 from llm_barber.record.report import SourceFiles
-from llm_barber.settings.initial import Initial
+from llm_barber.settings.presets import Initial
 
 
 class InitialMasks(Protocol):

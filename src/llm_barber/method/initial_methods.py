@@ -1,6 +1,6 @@
 """Methods of the initial mask: `MASK_METHODS` has a line for each, with the function that prunes one linear.
 
-`settings/initial.py` has the facts that settings, tables and plans need.
+`settings/presets.py` has the facts that settings, tables and plans need.
 """
 
 from collections.abc import Callable
@@ -20,7 +20,7 @@ from llm_barber.masking.initial import initial_mask
 from llm_barber.masking.pattern import Pattern, group_pattern
 from llm_barber.masking.sparsegpt import inverse_factor, sparsegpt
 from llm_barber.masking.statistics import InputMoments, InputSquares
-from llm_barber.settings.initial import Initial
+from llm_barber.settings.presets import Initial
 
 
 @dataclass(frozen=True)

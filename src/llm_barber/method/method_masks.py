@@ -24,7 +24,7 @@ from llm_barber.method.pruned_linear import PrunedLinear
 from llm_barber.model.architecture import MLP
 from llm_barber.model.block import DecoderLayer
 from llm_barber.model.streams import ActivationStreams
-from llm_barber.settings.initial import Initial
+from llm_barber.settings.presets import Initial
 from llm_barber.settings.targets import Targets
 
 

@@ -9,7 +9,6 @@ import torch
 from transformers import PreTrainedConfig
 
 from llm_barber.errors import BarberError, SettingsError
-from llm_barber.messages import SettingName, message
 from llm_barber.parallel.ranks import local_rank
 
 # Tokens of a batch: large enough for fast matrix products, small enough for temporaries to stay in the caches.
@@ -40,12 +39,12 @@ def resolve_device(name: str) -> torch.device:
     except RuntimeError:
         device = None
     if device is None or device.type not in ("cpu", "cuda"):
-        raise SettingsError(message("{device}: unknown device {name!r}", name=name), "use auto, cpu, cuda or cuda:N")
+        raise SettingsError(f"--device: unknown device {name!r}", "use auto, cpu, cuda or cuda:N")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         count = torch.cuda.device_count()
         present = "no GPU" if not count else "cuda:0 alone" if count == 1 else f"cuda:0 to cuda:{count - 1}"
         raise SettingsError(
-            message("{device}: PyTorch sees {present}", device=SettingName("device", name), present=present),
+            f"--device {name}: PyTorch sees {present}",
             "use --device cpu" if count else "use --device cpu, or install a PyTorch that is built for GPUs",
         )
     if device.type == "cuda":  # before the first product: otherwise PyTorch takes cuBLAS to add up in any order
@@ -135,7 +134,7 @@ def device_memory_checked() -> Iterator[None]:
     except torch.OutOfMemoryError as error:
         raise DeviceMemoryError(
             "the GPU's memory is too small",
-            message("use a smaller {batch_size}, a shorter {seqlen} or {activations_off_device}; {resume} goes on"),
+            "use a smaller --batch-size, a shorter --seqlen or --activations-off-device; --resume goes on",
         ) from error
 
 

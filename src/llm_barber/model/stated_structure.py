@@ -3,7 +3,6 @@
 from torch import Tensor, nn
 
 from llm_barber.errors import SettingsError
-from llm_barber.messages import SettingName, message
 from llm_barber.model.architecture import Architecture, Block
 from llm_barber.model.skeleton import Skeleton
 from llm_barber.model.tracing import first_of_each_kind, is_linear, run_layer
@@ -22,34 +21,26 @@ def check_blocks(blocks: tuple[Block, ...], layers: nn.Module) -> None:
     present = [block for layer in layers for block in stated.blocks_of(layer)]
     for block in blocks:
         if block.output not in {of_layer.output for of_layer in present}:
-            raise SettingsError(
-                message("{blocks}: no layer has a module {output!r}", output=block.output), _modules_hint(layers[0])
-            )
+            raise SettingsError(f"--blocks: no layer has a module {block.output!r}", _modules_hint(layers[0]))
         for linear in block.linears:
             if not any(_stands_for(linear, name) for of_layer in present for name in of_layer.linears):
-                raise SettingsError(
-                    message("{blocks}: no layer has a linear {linear!r}", linear=linear), _paths_hint(layers[0])
-                )
+                raise SettingsError(f"--blocks: no layer has a linear {linear!r}", _paths_hint(layers[0]))
         _check_block(block, layers)
     names = [linear for block in blocks for linear in block.linears]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
-        raise SettingsError(
-            message("{blocks}: {linear!r} is there twice", linear=twice[0]), "each linear belongs to one block"
-        )
+        raise SettingsError(f"--blocks: {twice[0]!r} is there twice", "each linear belongs to one block")
     outputs = [block.output for block in blocks]
     for output in outputs:
         inside = [inner for inner in outputs if inner.startswith(f"{output}.")]
         if inside:
             raise SettingsError(
-                message("{blocks}: {inner!r} is inside {outer!r}", inner=inside[0], outer=output),
+                f"--blocks: {inside[0]!r} is inside {output!r}",
                 "one block follows another",
             )
     shared = sorted({output for output in outputs if outputs.count(output) > 1})
     if shared:
-        raise SettingsError(
-            message("{blocks}: {output!r} is the output of two blocks", output=shared[0]), "put their linears into one"
-        )
+        raise SettingsError(f"--blocks: {shared[0]!r} is the output of two blocks", "put their linears into one")
 
 
 def _check_block(block: Block, layers: nn.ModuleList) -> None:
@@ -58,16 +49,14 @@ def _check_block(block: Block, layers: nn.ModuleList) -> None:
         for of_layer in Architecture("", (block,)).blocks_of(layer):
             for linear in of_layer.linears:
                 if not is_linear(layer.get_submodule(linear)):
-                    raise SettingsError(
-                        message("{blocks}: {linear!r} is not a linear", linear=linear), _paths_hint(layer)
-                    )
+                    raise SettingsError(f"--blocks: {linear!r} is not a linear", _paths_hint(layer))
                 if is_linear(layer.get_submodule(of_layer.output)):
                     inside = of_layer.output in of_layer.linears
                 else:
                     inside = linear.startswith(f"{of_layer.output}.")
                 if not inside:
-                    outside = "{blocks}: {linear!r} is not inside {output!r}, the output of its block"
-                    raise SettingsError(message(outside, linear=linear, output=of_layer.output), OUTPUT_HINT)
+                    outside = f"--blocks: {linear!r} is not inside {of_layer.output!r}, the output of its block"
+                    raise SettingsError(outside, OUTPUT_HINT)
 
 
 def _stands_for(linear: str, name: str) -> bool:
@@ -102,8 +91,8 @@ def check_layers(model: nn.Module, path: str) -> str:
     if not isinstance(layers, nn.ModuleList):
         lists = [name for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
         raise SettingsError(
-            message("{layers} is not the path of a list of decoder layers", layers=SettingName("layers", path)),
-            f"paths of lists: {', '.join(lists[:20])}" if lists else message("leave out {layers}"),
+            f"--layers {path} is not the path of a list of decoder layers",
+            f"paths of lists: {', '.join(lists[:20])}" if lists else "leave out --layers",
         )
     return path
 
@@ -124,10 +113,9 @@ def check_flow(skeleton: Skeleton, hidden: Tensor) -> None:
         computed = sorted(outputs, key=lambda output: run.order.get(output, -1))
         if computed != outputs:
             raise SettingsError(
-                message("{blocks}: layer {index} computes {order}", index=index, order=", then ".join(computed)),
+                f"--blocks: layer {index} computes {', then '.join(computed)}",
                 "give the blocks in this order",
             )
         for block in skeleton.blocks[index]:
             for linear in run.without_effect(block.linears, run.states.get(block.output)):
-                unused = "{blocks}: {output!r} does not depend on {linear!r}"
-                raise SettingsError(message(unused, output=block.output, linear=linear), OUTPUT_HINT)
+                raise SettingsError(f"--blocks: {block.output!r} does not depend on {linear!r}", OUTPUT_HINT)

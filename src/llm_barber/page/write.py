@@ -12,8 +12,8 @@ from llm_barber.evaluation.result import Evaluation
 from llm_barber.page.run_page import run_page
 from llm_barber.progress import Progress
 from llm_barber.record.file import read_record
-from llm_barber.settings.checked import takes
-from llm_barber.settings.report import ReportConfig
+from llm_barber.settings.base import takes
+from llm_barber.settings.tools import ReportConfig
 
 PAGE_MARK = b'<meta name="generator" content="LLM-Barber">'
 PAGE_BEGINNING = 1000  # bytes; the mark is among them

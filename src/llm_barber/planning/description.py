@@ -8,8 +8,7 @@ from torch import nn
 from llm_barber.messages import ranges
 from llm_barber.model.architecture import Block, kind_of
 from llm_barber.model.skeleton import Skeleton
-from llm_barber.settings.initial import rebuild_defaults
-from llm_barber.settings.presets import Allocation
+from llm_barber.settings.presets import Allocation, rebuild_defaults
 from llm_barber.settings.prune import PruneConfig
 from llm_barber.settings.refining import RefineSettings
 

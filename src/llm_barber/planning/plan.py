@@ -19,7 +19,7 @@ from llm_barber.planning.description import settings_in_words, structure_lines
 from llm_barber.planning.forecast import Expected, Forecast
 from llm_barber.planning.rehearsal import Rehearsal, extended_seconds, rehearse, rehearsed_layers, shortened
 from llm_barber.progress import Progress, Silent
-from llm_barber.settings.checked import takes
+from llm_barber.settings.base import takes
 from llm_barber.settings.plan import PlanConfig
 from llm_barber.settings.presets import Allocation
 from llm_barber.settings.prune import PruneConfig

@@ -11,7 +11,6 @@ from torch import nn
 
 from llm_barber.errors import SettingsError
 from llm_barber.loading.job import OUTSIDE_SHARD_BYTES
-from llm_barber.messages import message
 from llm_barber.method.allocation import LOGITS
 from llm_barber.method.refine import MOMENTS_BYTES
 from llm_barber.model.device import experts_per_token, stored_score_bytes
@@ -63,10 +62,7 @@ def left_for_activations(prepared: PreparedRun, memory: int) -> int:
     if needed > memory:
         least = math.ceil(100 * (needed + OTHER_START) / 2**30) / 100
         raise SettingsError(
-            message(
-                "{memory}: {given} is too little, even with all calibration activations in files",
-                given=readable_bytes(memory, 1024),
-            ),
+            f"--memory: {readable_bytes(memory, 1024)} is too little, even with all calibration activations in files",
             f"give at least {least:.2f} GiB; a smaller --batch-size or --seqlen needs less",
         )
     return memory - needed

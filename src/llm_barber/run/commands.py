@@ -12,7 +12,6 @@ from llm_barber.loading.job import Job
 from llm_barber.loading.preparing import open_job
 from llm_barber.masking.granularity import Granularity
 from llm_barber.masking.pattern import NofM, Pattern
-from llm_barber.messages import message
 from llm_barber.method.checkpoint_masks import CheckpointMasks
 from llm_barber.method.method_masks import MethodMasks
 from llm_barber.method.rebuild import RebuildSettings
@@ -23,10 +22,9 @@ from llm_barber.record.report import RunReport
 from llm_barber.run.finished import finished_run, tell_of_finished
 from llm_barber.run.prepared_run import PreparedRun
 from llm_barber.run.stream import run
-from llm_barber.settings.checked import takes
-from llm_barber.settings.initial import Initial, rebuild_defaults
-from llm_barber.settings.prune import PruneConfig, RebuildConfig
-from llm_barber.settings.run import RunSettings
+from llm_barber.settings.base import takes
+from llm_barber.settings.presets import Initial, rebuild_defaults
+from llm_barber.settings.prune import PruneConfig, RebuildConfig, RunSettings
 from llm_barber.settings.targets import Targets
 
 
@@ -60,11 +58,9 @@ def prepare_prune(config: PruneConfig, progress: Progress, ranks: Ranks) -> Prep
     prepared = PreparedRun(config.model, config, job, initial_masks, rebuild_settings, config.method, config.method)
     if config.reorder and not prepared.reorders:
         raise SettingsError(
-            message("{reorder}: no channels that a linear with N:M reads may change places in this model"),
-            message(
-                "leave {reorder} out: the family has none (docs/reference/families.md), the linears that read them are "
-                "not pruned to N:M, or M divides neither a row nor a head"
-            ),
+            "--reorder: no channels that a linear with N:M reads may change places in this model",
+            "leave --reorder out: the family has none (docs/reference/families.md), the linears that read them are "
+            "not pruned to N:M, or M divides neither a row nor a head",
         )
     return prepared
 

@@ -9,7 +9,6 @@ from llm_barber.checkpoint.source import CheckpointSource
 from llm_barber.checkpoint.unfinished import both_values
 from llm_barber.errors import CalibrationError, ModelError, OutputError, UnfinishedRunError
 from llm_barber.loading.preparing import read_calibration
-from llm_barber.messages import Message, joined
 from llm_barber.method.checkpoint_masks import pruned_key
 from llm_barber.progress import Progress
 from llm_barber.record.file import read_record
@@ -18,7 +17,7 @@ from llm_barber.record.verification import changed_files, unknown_files
 from llm_barber.run.resuming import warn_of_written
 from llm_barber.run.same_settings import MODELS, differing_text, other_settings
 from llm_barber.settings.base import Format
-from llm_barber.settings.run import RunSettings
+from llm_barber.settings.prune import RunSettings
 from llm_barber.text.calibration import HUB_SETS
 
 PRUNE_AGAIN = "prune again with --overwrite"
@@ -50,7 +49,7 @@ def finished_run(config: RunSettings, progress: Progress) -> RunReport | None:
             return None
         raise OutputError(f"{config.output} was complete, but {damage}", f"{PRUNE_AGAIN}, or get the file back")
     if changed := _changed_since(record, config):
-        _refuse("is complete, but was ", [Message(changed)], config)
+        _refuse("is complete, but was ", [changed], config)
         return None
     if differences := list(_other_inputs(record, config, progress)):
         _refuse("is complete, but was made with ", differences, config)
@@ -58,11 +57,11 @@ def finished_run(config: RunSettings, progress: Progress) -> RunReport | None:
     return record.model_copy(update={"output": str(config.output)})  # the folder may have been moved
 
 
-def _refuse(why: str, differences: Sequence[Message], config: RunSettings) -> None:
+def _refuse(why: str, differences: Sequence[str], config: RunSettings) -> None:
     """Refuse an output of another run, unless it may be overwritten."""
     if not config.overwrite:
         raise UnfinishedRunError(
-            Message(f"{config.output} {why}", joined(", ", differences)),
+            f"{config.output} {why}{', '.join(differences)}",
             f"choose another output folder, or {PRUNE_AGAIN}",
         )
 
@@ -95,7 +94,7 @@ def _changed_since(record: RunReport, config: RunSettings) -> str:
     return ""
 
 
-def _other_inputs(record: RunReport, config: RunSettings, progress: Progress) -> Iterator[Message]:
+def _other_inputs(record: RunReport, config: RunSettings, progress: Progress) -> Iterator[str]:
     """Models and text that are others than those of the finished run, as far as local files show."""
     files = {"model": record.source, "dense": record.source, "pruned": record.pruned_source}
     for name in MODELS:
@@ -109,19 +108,19 @@ def _other_inputs(record: RunReport, config: RunSettings, progress: Progress) ->
         tokens = read_calibration(config, config.output)  # its tokenizer is the model's, and was verified
     except CalibrationError as error:
         if exists(expanduser(config.calibration)):
-            differing = differing or [Message(f"another calibration text: {error}")]
+            differing = differing or [f"another calibration text: {error}"]
         else:
             progress.warn(f"the calibration text of {config.output} cannot be compared: {error}")
         yield from differing
         return
     before = record.calibration
     if (tokens.digest, *tokens.input_ids.shape) != (before.sha256, before.sequences, before.tokens):
-        yield from differing or [Message("another calibration text")]
+        yield from differing or ["another calibration text"]
 
 
 def _other_model(
     name: str, record: RunReport, config: RunSettings, files: SourceFiles | None, progress: Progress
-) -> Iterator[Message]:
+) -> Iterator[str]:
     """Compare a local model with the files that a finished run read; warn of files with a new date alone.
 
     Of a model of the hub, which is not fetched again for it, and of one that is gone, names are compared.
@@ -149,6 +148,6 @@ def _other_model(
         progress.warn(f"{model} cannot be compared with the model of the finished run: {error}")
         return
     if key != files.key:
-        yield Message(f"other files of {model}")
+        yield f"other files of {model}"
     elif isdir(path):  # files that a GGUF file was converted to have the date of that
         warn_of_written(source.written, files.written, progress)

@@ -18,7 +18,6 @@ from llm_barber.checkpoint.packed_writer import PackedWriter
 from llm_barber.checkpoint.state import START_AGAIN, STATE_NAME, RunState, Used
 from llm_barber.checkpoint.writer import CheckpointWriter
 from llm_barber.errors import NotFiniteError, UnfinishedRunError
-from llm_barber.messages import message
 from llm_barber.method.layer import PrunedLayer
 from llm_barber.progress import Progress
 from llm_barber.record.layers import LayerResult
@@ -207,5 +206,5 @@ def _hint_at_resuming(writer: CheckpointWriter, resumes: bool, progress: Progres
     if not count:
         recorded = "order of channels" if writer.state.channel_order else "sparsity of each linear"
         kept = f"the {recorded} is"
-    goes_on = f"{{kept}} kept in {{folder}}: the same command{'' if resumes else ' with {resume}'} goes on"
-    progress.warn(message(goes_on, kept=kept, folder=writer.folder))
+    command = "the same command" if resumes else "the same command with --resume"
+    progress.warn(f"{kept} kept in {writer.folder}: {command} goes on")

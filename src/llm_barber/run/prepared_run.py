@@ -7,17 +7,15 @@ from typing import Any
 
 from llm_barber.loading.job import Job
 from llm_barber.masking.pattern import NofM, Unstructured
-from llm_barber.messages import SettingName, message
 from llm_barber.method.initial_masks import InitialMasks, prunes_layers
 from llm_barber.method.rebuild import RebuildSettings
 from llm_barber.method.reordering import MovableChannels, movable_channels
 from llm_barber.progress import Progress
 from llm_barber.record.report import KeptWeights, SourceFiles
-from llm_barber.settings.initial import Initial
-from llm_barber.settings.presets import PRESETS, Allocation, Preset, PresetSettings, Reconstruct
-from llm_barber.settings.prune import PruneConfig
+from llm_barber.settings.base import USUAL_SAMPLES, USUAL_SEQLEN
+from llm_barber.settings.presets import PRESETS, Allocation, Initial, Preset, PresetSettings, Reconstruct
+from llm_barber.settings.prune import PruneConfig, RunSettings
 from llm_barber.settings.refining import RefineSettings
-from llm_barber.settings.run import USUAL_SAMPLES, USUAL_SEQLEN, RunSettings
 from llm_barber.text.suffixes import TOKEN_FILE_SUFFIX
 
 FEW_NUMBERS = 1.0  # numbers of a layer's output for each of its weights (docs/results/index.md)
@@ -154,18 +152,11 @@ class PreparedRun:
         """Warn of effects of the settings that a user would not expect."""
         if self._turned_off_only_the_rebuild:
             progress.warn(
-                message(
-                    "{no_rebuild} without {preset} means {paper}: Wanda's mask as it is. The default, {mask}, makes no "
-                    "rebuild anyway",
-                    no_rebuild=SettingName("rebuild", False),
-                    paper=SettingName("preset", Preset.PAPER),
-                    mask=SettingName("preset", Preset.MASK),
-                )
+                f"--no-rebuild without --preset means --preset {Preset.PAPER}: Wanda's mask as it is. The default, "
+                f"--preset {Preset.MASK}, makes no rebuild anyway"
             )
         if self.refine_settings is not None and not self.refine_settings.held_out and self.config.guard != 0:
-            progress.warn(
-                message("there is one calibration window, so none is held out to check refining: give more {samples}")
-            )
+            progress.warn("there is one calibration window, so none is held out to check refining: give more --samples")
         if self.refine_settings is not None and self.refine_settings.of_layers:
             self._warn_of_little_text(progress)
 
@@ -185,12 +176,12 @@ class PreparedRun:
         numbers = sequences * tokens * self.job.config.hidden_size / max(layers)
         if numbers < FEW_NUMBERS:
             has_all = self.config.calibration.endswith(TOKEN_FILE_SUFFIX)  # whose number of windows is its own
-            more = "more text" if has_all else message("more {samples} or a larger {seqlen}")
-            text = (
-                "the calibration text is little for this model: with {windows} × {tokens} tokens a layer's output has "
-                "{numbers} numbers for each of its weights. Masks get better with {more} (docs/guide/presets.md)"
+            more = "more text" if has_all else "more --samples or a larger --seqlen"
+            progress.warn(
+                f"the calibration text is little for this model: with {sequences} × {tokens} tokens a layer's output "
+                f"has {numbers:.2g} numbers for each of its weights. Masks get better with {more} "
+                "(docs/guide/presets.md)"
             )
-            progress.warn(message(text, windows=sequences, tokens=tokens, numbers=f"{numbers:.2g}", more=more))
 
     @property
     def refinement(self) -> str | None:

@@ -5,7 +5,7 @@ from contextlib import closing
 
 from llm_barber.checkpoint.ahead import Tensors, read_ahead
 from llm_barber.loading.job import Job
-from llm_barber.messages import counted, first_names, message
+from llm_barber.messages import counted, first_names
 from llm_barber.method.block_pass import dense_batches, follows_dense
 from llm_barber.method.layer import move_on
 from llm_barber.model.streams import DENSE, DENSE_OUTPUT, HIDDEN, NEXT, ActivationStreams
@@ -40,13 +40,10 @@ def warn_of_written(written: Mapping[str, int], before: Mapping[str, int], progr
         progress: is told.
     """
     if changed := [name for name, when in before.items() if written.get(name) != when]:
+        were = "was" if len(changed) == 1 else "were"
         progress.warn(
-            message(
-                "{files} of the model {was} modified after layers were computed: if the content changed, start again "
-                "with {overwrite}",
-                files=first_names(changed),
-                was="was" if len(changed) == 1 else "were",
-            )
+            f"{first_names(changed)} of the model {were} modified after layers were computed: if the content changed, "
+            "start again with --overwrite"
         )
 
 

@@ -6,12 +6,10 @@ from typing import Any
 
 from llm_barber.checkpoint.unfinished import both_values
 from llm_barber.errors import SettingsError
-from llm_barber.messages import Message
 from llm_barber.record.report import RunReport
 from llm_barber.run.resume_key import LEFT_TO_PRESET, NOT_IN_KEY
 from llm_barber.settings.base import absolute_if_there
-from llm_barber.settings.prune import PruneConfig
-from llm_barber.settings.run import RunSettings
+from llm_barber.settings.prune import PruneConfig, RunSettings
 from llm_barber.text.calibration import BUILTIN, HUB_SETS
 
 MODELS = {"model": "revision", "dense": "revision", "pruned": "pruned_revision"}  # each with its revision
@@ -31,7 +29,7 @@ def recorded_settings(config: RunSettings) -> dict[str, Any]:
     return settings | {name: absolute_if_there(settings[name]) for name in names}
 
 
-def other_settings(record: RunReport, config: RunSettings) -> Iterator[Message]:
+def other_settings(record: RunReport, config: RunSettings) -> Iterator[str]:
     """Settings whose effect is another than in the finished run, but for those of models and text."""
     given = recorded_settings(config)
     names = (given.keys() | record.settings.keys()) - NOT_IN_KEY - {*TEXT, *MODELS, *MODELS.values()}
@@ -46,7 +44,7 @@ def other_settings(record: RunReport, config: RunSettings) -> Iterator[Message]:
     yield from (both_values(name, record.settings.get(name), given.get(name)) for name in sorted(differing))
 
 
-def differing_text(record: RunReport, config: RunSettings) -> list[Message]:
+def differing_text(record: RunReport, config: RunSettings) -> list[str]:
     """Settings of the calibration text that differ from the record's."""
     given, recorded = recorded_settings(config), record.settings
     spelled = {given["calibration"], abspath(expanduser(config.calibration))}

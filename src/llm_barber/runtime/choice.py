@@ -19,7 +19,6 @@ from llm_barber import native
 from llm_barber.checkpoint.encoding import Packed, pack, unpack
 from llm_barber.checkpoint.rounding import Rounded, pack_rounded, unpack_rounded
 from llm_barber.errors import SettingsError
-from llm_barber.messages import message
 from llm_barber.native import Instructions
 from llm_barber.runtime.packed_linear import PackedLinear
 from llm_barber.runtime.products import SHARED_ROWS
@@ -131,7 +130,7 @@ class Choice:
         if isinstance(weight, Tensor):
             if isinstance(self._keep_packed, Mapping):
                 raise SettingsError(
-                    message("{keep_packed}: packing {name} saves nothing", name=name),
+                    f"keep_packed: packing {name} saves nothing",
                     "give False for it, or the choice that was made for this checkpoint and dtype",
                 )
             return weight
@@ -166,7 +165,7 @@ class Choice:
         unknown = [name for name in decisions if name not in self.decisions]
         if unknown:
             raise SettingsError(
-                message("{keep_packed}: no linear that can be packed is called {name}", name=unknown[0]),
+                f"keep_packed: no linear that can be packed is called {unknown[0]}",
                 f"names are those of model.keep_packed, such as {next(iter(self.decisions), 'none here')}",
             )
 
@@ -181,15 +180,13 @@ def check(keep_packed: KeepPacked, device: torch.device) -> None:
     if isinstance(keep_packed, Mapping):
         for name, decision in keep_packed.items():
             if not isinstance(decision, bool):
-                shown = message(
-                    "{keep_packed}: {name!r} is {decision!r}, not True or False", name=name, decision=decision
-                )
+                shown = f"keep_packed: {name!r} is {decision!r}, not True or False"
                 raise SettingsError(shown, hint)
     elif not isinstance(keep_packed, bool) and keep_packed != "auto":
-        raise SettingsError(message("{keep_packed} cannot be {value!r}", value=keep_packed), hint)
+        raise SettingsError(f"keep_packed cannot be {keep_packed!r}", hint)
     if keep_packed == "auto" and device.type != "cpu":
         raise SettingsError(
-            message("{keep_packed:auto} times products on the CPU, not on {device}", device=device),
+            f"keep_packed auto times products on the CPU, not on {device}",
             "give keep_packed=True or False there",
         )
 

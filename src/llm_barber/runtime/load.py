@@ -9,7 +9,6 @@ from transformers import PreTrainedModel
 from llm_barber.checkpoint.source import CheckpointSource
 from llm_barber.errors import SettingsError
 from llm_barber.loading.configuration import load_config, load_generation_config, unusable_configuration
-from llm_barber.messages import message
 from llm_barber.model.device import resolve_device
 from llm_barber.model.empty import auto_class, join_tied_linears, parameters_on_meta
 from llm_barber.progress import Progress, Silent
@@ -61,7 +60,7 @@ def load(
         verify_folder(source, progress)
     config = load_config(source)
     if dtype is not None and not isinstance(dtype, torch.dtype):
-        raise SettingsError(message("{dtype} is {given!r}, not a dtype of PyTorch", given=dtype), "e.g. torch.bfloat16")
+        raise SettingsError(f"dtype is {dtype!r}, not a dtype of PyTorch", "e.g. torch.bfloat16")
     dtype = dtype or config.dtype or torch.float32
     try:
         with parameters_on_meta():
@@ -88,5 +87,5 @@ def _check_settings(device: torch.device, keep_packed: KeepPacked, semi_structur
     check_keep_packed(keep_packed, device)
     if semi_structured:
         if any(keep_packed.values()) if isinstance(keep_packed, Mapping) else keep_packed:
-            raise SettingsError(message("{keep_packed} and {semi_structured} exclude each other"), "choose one of them")
+            raise SettingsError("keep_packed and semi_structured exclude each other", "choose one of them")
         check_device(device, torch.cuda.get_device_capability(device) if device.type == "cuda" else None)

@@ -9,7 +9,6 @@ from torch import Tensor, nn
 
 from llm_barber.checkpoint.companions import RECORD_NAME
 from llm_barber.errors import ModelError, SettingsError
-from llm_barber.messages import message
 from llm_barber.record.file import read_record
 from llm_barber.runtime.packed_linear import PackedLinear
 
@@ -42,9 +41,7 @@ def find_pruned(model: nn.Module, folder: Path | None, share: float) -> list[Pru
         ModelError: nothing is pruned, the record cannot be read, or the model has fewer zeros than the run made.
     """
     if not 0 < share <= 1:
-        raise SettingsError(
-            message("{share} is {given}: it must be above 0 and at most 1", given=share), "leave it out: it is 0.1 then"
-        )
+        raise SettingsError(f"share is {share}: it must be above 0 and at most 1", "leave it out: it is 0.1 then")
     _refuse_untrainable(model)
     folder = folder or _loaded_from(model)
     record = None if folder is None else read_record(folder)

@@ -23,7 +23,6 @@ from llm_barber.checkpoint.packed_configuration import ENTRY_KEYS, KEY, QUANT_ME
 from llm_barber.checkpoint.source import CheckpointSource
 from llm_barber.checkpoint.untrusted import check_file_name
 from llm_barber.errors import ModelError, SettingsError
-from llm_barber.messages import message
 from llm_barber.progress import Silent
 from llm_barber.record.verification import verify_folder
 from llm_barber.runtime.choice import KeepPacked
@@ -95,7 +94,7 @@ class PackedQuantizer(HfQuantizer):  # type: ignore[misc]
         if "disk" in devices or ("cpu" in devices and len(devices) > 1):
             part = "disk" if "disk" in devices else "cpu"
             raise SettingsError(
-                message("{device_map} offloads a part of the packed model to {part}", part=part),
+                f"device_map offloads a part of the packed model to {part}",
                 f"give a device that holds the model (keep_packed=True takes the least memory), or {UNPACK}",
             )
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from llm_barber.errors import ModelError, SettingsError
 from llm_barber.masking.find_patterns import holds
 from llm_barber.masking.pattern import NofM
-from llm_barber.messages import first_names, message
+from llm_barber.messages import first_names
 
 # Rows and columns must be multiples of these: both of PyTorch's backends, CUTLASS and cuSPARSELt, take them.
 MULTIPLES = {torch.float16: (32, 64), torch.bfloat16: (32, 64)}
@@ -64,13 +64,13 @@ def check_device(device: torch.device, capability: tuple[int, int] | None) -> No
     """
     if device.type != "cuda":
         raise SettingsError(
-            message("{semi_structured} needs CUDA, not {device}", device=device),
+            f"semi_structured needs CUDA, not {device}",
             f"give device='cuda' where there is one; else {HINT}",
         )
     if capability is None or capability < CAPABILITY:
         present = "unknown" if capability is None else ".".join(map(str, capability))
-        older = "{semi_structured} needs a GPU of compute capability 8.0 or newer, not {present}"
-        raise SettingsError(message(older, present=present), HINT)
+        older = f"semi_structured needs a GPU of compute capability 8.0 or newer, not {present}"
+        raise SettingsError(older, HINT)
 
 
 def convert(model: nn.Module, convert_weight: Callable[[Tensor], Tensor] | None = None) -> SemiStructured:

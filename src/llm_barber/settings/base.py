@@ -1,60 +1,151 @@
-"""Kinds of values that several commands take: folders to write, dtypes, sizes, lists with commas, blocks of layers."""
+"""Base of every command's settings, and kinds of values that several commands take."""
 
 import os
 from collections.abc import Callable
 from enum import StrEnum
+from functools import wraps
 from pathlib import Path
-from typing import Annotated, Any
+from reprlib import repr as shortened
+from typing import Annotated, Any, Literal, ParamSpec, TypeVar
 
-from pydantic import AfterValidator, BeforeValidator, ByteSize, Field, ValidationError, WrapValidator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ByteSize,
+    ConfigDict,
+    Field,
+    ValidationError,
+    WrapValidator,
+    field_validator,
+)
 
 from llm_barber.checkpoint.in_use import folder_in_use
 from llm_barber.checkpoint.untrusted import is_utf8
-from llm_barber.messages import Message, SettingName, message
+from llm_barber.errors import SettingsError
+from llm_barber.masking.granularity import Granularity
 from llm_barber.model.architecture import Block, StructureOptions
-from llm_barber.settings.checked import Settings
+from llm_barber.settings.presets import RELEASED_GRANULARITIES, RELEASED_RATIOS
 from llm_barber.settings.targets import read_blocks
 
-DTYPES = ("auto", "float32", "bfloat16", "float16")
+P = ParamSpec("P")
+T = TypeVar("T")
+MODEL = "Folder, hub id (org/name, org/name@revision) or GGUF file"
+NEEDS_REBUILD = "--granularity and --rebuild-ratio need the rebuild"
+USUAL_SAMPLES, USUAL_SEQLEN = 128, 2048  # calibration windows, and tokens of each, as in the paper
 
 
-def _known_dtype(value: str) -> str:
-    if value not in DTYPES:
-        raise ValueError(f"{value!r} is not one of {', '.join(DTYPES)}")
-    return value
+class Settings(BaseModel):
+    """A frozen set of settings; the first wrong one raises a `SettingsError` that names it as the command line does.
+
+    A field with a title is an argument of the command, by that name: `OUT`. Other fields are options.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, defer_build=True)
+
+    def __init__(self, **values: Any) -> None:
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            raise self._refusal(error.errors()[0]) from None
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _is_text(cls, value: Any) -> Any:
+        texts = value if isinstance(value, list | tuple) else [value]
+        if any(isinstance(text, str) and not text.strip() for text in texts):
+            raise ValueError("the value is empty; is a variable of the shell not set?")
+        if not all(is_utf8(text) for text in texts if isinstance(text, str | Path)):
+            raise ValueError("is not valid UTF-8: check the encoding of the shell, or rename the file or folder")
+        return value
+
+    @field_validator("model", "dense", "pruned", "against", "calibration", mode="before", check_fields=False)
+    @classmethod
+    def _path_as_text(cls, value: Any) -> Any:
+        return str(value) if isinstance(value, Path) else value
+
+    @classmethod
+    def typed(cls, name: str) -> str:
+        """A setting as the user of the command line writes it: `--samples`, or `OUT` for an argument."""
+        return cls.model_fields[name].title or f"--{name.replace('_', '-')}"
+
+    @classmethod
+    def _refusal(cls, problem: Any) -> SettingsError:
+        """Make the error of a problem that pydantic found.
+
+        Example: "--samples: '0' should be greater than or equal to 1", with the setting's description as hint.
+        """
+        name = str(problem["loc"][0])
+        if name not in cls.model_fields:
+            return SettingsError(f"there is no setting {name}", f"{cls.__name__} has {', '.join(cls.model_fields)}")
+        said = problem["msg"].partition(", unable to")[0].removeprefix("Value error, ")
+        if problem["type"] == "missing":
+            said = "is missing"
+        elif said.startswith("Input "):
+            said = f"{shortened(problem['input'])} {said.removeprefix('Input ')}"
+        return SettingsError(
+            f"{cls.typed(name)}: {said}", f"{cls.typed(name)}: {cls.model_fields[name].description or ''}"
+        )
 
 
-Dtype = Annotated[str, AfterValidator(_known_dtype)]
+def refuse_if(wrong: bool, problem: str, hint: str) -> None:
+    """Raise a `SettingsError` if settings do not go together."""
+    if wrong:
+        raise SettingsError(problem, hint)
 
 
-def same_folder(setting: str, model: str, output: Path) -> list[Message]:
-    """Problems of an output that is, contains or lies in the folder of the model that `setting` names.
+def takes(kind: type[Settings]) -> Callable[[Callable[P, T]], Callable[P, T]]:
+    """Decorate a public function whose first argument is its settings: anything else raises a `SettingsError`.
 
-    Folders are compared as the disk has them: one may have several paths, by mounts or by the case of its name.
+    Args:
+        kind: class of the settings.
+    """
+
+    def decorate(function: Callable[P, T]) -> Callable[P, T]:
+        @wraps(function)
+        def checked(*args: P.args, **kwargs: P.kwargs) -> T:
+            config = args[0] if args else kwargs.get("config")
+            if not isinstance(config, kind):
+                required = [f"{name}=…" for name, field in kind.model_fields.items() if field.is_required()]
+                required.sort(key=lambda name: name == "output=…")
+                raise SettingsError(
+                    f"{function.__name__} takes settings of type {kind.__name__}, not {type(config).__name__}",
+                    f"call {function.__name__}({kind.__name__}({', '.join(required)}))",
+                )
+            return function(*args, **kwargs)
+
+        return checked
+
+    return decorate
+
+
+def check_apart(output: Path, model: str, name: str) -> None:
+    """Refuse an output that is, contains or lies in the folder of a model, as the disk has them.
+
+    Args:
+        output: absolute path of the output.
+        model: folder or hub id of the model.
+        name: of the model in the error, for example "MODEL".
+
+    Raises:
+        SettingsError: the output would change the model.
     """
     try:
-        source = Path(model).expanduser().resolve()
-        if not source.exists():  # a hub id, or an error that opening the model will name
-            return []
-        above_source, above_output = _identities(source), _identities(output)
-        shards = [path.resolve() for path in source.glob("*.safetensors")] if source.is_dir() else []
-        above_shards = {identity for path in shards for identity in _identities(path.parent)}
-    except (RuntimeError, OSError, ValueError):
-        return []
-    shown = {"made_of": SettingName(setting), "folder": output}
-    own = above_output[0] if output.exists() else None
-    if own is not None and own == above_source[0]:
-        return [message("{output} is {made_of} itself ({folder}): choose another output folder", **shown)]
-    if own is not None and own in (*above_source, *above_shards):
-        return [message("{output} ({folder}) contains {made_of}: choose another output folder", **shown)]
-    if above_source[0] in above_output:
-        return [message("{output} ({folder}) lies inside {made_of}: choose another output folder", **shown)]
-    return []
+        source = Path(model).expanduser().resolve(strict=True)
+        shards = [path.resolve() for path in source.glob("*.safetensors")]
+    except (RuntimeError, OSError, ValueError):  # a hub id, or an error that opening the model will name
+        return
+    if _lies_in(output, source):
+        relation = "is" if output.exists() and output.samefile(source) else "lies inside"
+    elif any(_lies_in(path, output) for path in (source, *shards)):
+        relation = "contains"
+    else:
+        return
+    raise SettingsError(f"the output folder {output} {relation} {name}", "choose another output folder")
 
 
-def _identities(path: Path) -> list[tuple[int, int]]:
-    """Device and inode of a path and of the folders above it, as far as they exist, from the inside."""
-    return [(stat.st_dev, stat.st_ino) for stat in (each.stat() for each in (path, *path.parents) if each.exists())]
+def _lies_in(inner: Path, outer: Path) -> bool:
+    """True if a path is, or lies in, a folder that exists; a folder may have several paths, by mounts or by case."""
+    return outer.exists() and any(path.exists() and path.samefile(outer) for path in (inner, *inner.parents))
 
 
 def absolute_if_there(name: str) -> str:
@@ -106,16 +197,7 @@ def _size(value: Any, parse: Callable[[Any], ByteSize]) -> ByteSize:
 Size = Annotated[ByteSize, Field(gt=0), WrapValidator(_size)]
 
 
-class CommaSeparated:
-    """Mark of a tuple that text with commas may stand for: the command line takes one value instead of several."""
-
-
-def split_at_commas(value: Any) -> Any:
-    """The names of a text with commas between them; other values stay as they are.
-
-    Raises:
-        ValueError: there are only commas.
-    """
+def _split_at_commas(value: Any) -> Any:
     if not isinstance(value, str):
         return value
     names = tuple(name.strip() for name in value.split(",") if name.strip())
@@ -124,7 +206,7 @@ def split_at_commas(value: Any) -> Any:
     return names
 
 
-COMMAS = (BeforeValidator(split_at_commas), CommaSeparated())
+COMMAS = BeforeValidator(_split_at_commas)  # of a tuple that may be text, with commas between its items
 
 
 class Format(StrEnum):
@@ -138,22 +220,57 @@ def _read_blocks(value: Any) -> Any:
     return read_blocks(Path(value)) if isinstance(value, str | Path) else value
 
 
-Blocks = Annotated[tuple[Block, ...], BeforeValidator(_read_blocks)]  # or a YAML file of them
+class ComputeSettings(Settings):
+    """Where and in what a model computes."""
+
+    device: str = Field("auto", description="auto, cpu, cuda, cuda:1 …")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="Compute in float32, bfloat16 or float16 (default: auto, the fastest)"
+    )
 
 
-class StructureSettings(Settings):
+class StructureSettings(ComputeSettings):
     """Parts of a model's structure that a user may decide."""
 
     layers: str | None = Field(
-        default=None, description="Path of the decoder layers, as model.layers (default: as known, or found)"
+        None, description="Path of the decoder layers, as model.layers (default: as known, or found)"
     )
-    blocks: Blocks = Field(
-        default=(),
+    blocks: Annotated[tuple[Block, ...], BeforeValidator(_read_blocks)] = Field(  # or a YAML file of them
+        (),
         description="YAML file of a layer's blocks, in order: NAME: {output: PATH, linears: [PATH, …]} "
         "(default: found)",
+    )
+    bos: bool = Field(
+        True,
+        description="Begin each window with BOS if the tokenizer begins texts with it; many published numbers are "
+        "measured without BOS",
+    )
+    batch_size: int | None = Field(
+        None, ge=1, description="Most windows at a time; can change bfloat16 rounding (default: by the device)"
     )
 
     @property
     def structure(self) -> StructureOptions:
         """The decided parts."""
         return StructureOptions(self.layers, self.blocks)
+
+
+class CalibratedSettings(StructureSettings):
+    """The calibration text of a run, and its rebuild."""
+
+    granularity: Granularity | None = Field(
+        None,
+        description=f"Comparison group of the rebuild: {', '.join(Granularity)} (default: {RELEASED_GRANULARITIES}; "
+        "with N:M output)",
+    )
+    rebuild_ratio: float | None = Field(
+        None, gt=0, le=1, description=f"Share of the beneficial pairs to swap (default: {RELEASED_RATIOS})"
+    )
+    calibration: str = Field(
+        "builtin",
+        description="builtin, c4, wikitext2, or a .txt, .jsonl, .parquet or .safetensors file, whose windows "
+        "(input_ids) are taken as they are",
+    )
+    samples: int = Field(USUAL_SAMPLES, ge=1, description="Windows of calibration text")
+    seqlen: int = Field(USUAL_SEQLEN, ge=2, description="Tokens a window")
+    revision: str | None = Field(None, description="Revision of a hub id")

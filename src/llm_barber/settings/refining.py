@@ -20,7 +20,7 @@ from llm_barber.settings.presets import (
     Reconstruct,
     Refine,
 )
-from llm_barber.settings.run import RunSettings
+from llm_barber.settings.prune import RunSettings
 
 
 @dataclass(frozen=True)

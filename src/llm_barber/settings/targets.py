@@ -1,14 +1,15 @@
-"""Targets of linears (a sparsity, N:M, or not pruned), and the files that give targets and blocks."""
+"""Targets of linears (a sparsity, N:M, or not pruned), and the YAML files that give targets and blocks."""
 
 import re
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from llm_barber.checkpoint.regular import check_regular
 from llm_barber.errors import ModelError, SettingsError
 from llm_barber.masking.pattern import NofM, Pattern, Unstructured, parse_pattern
-from llm_barber.messages import SettingName, message
 from llm_barber.model.architecture import Block
 
 EXAMPLE = r"'mlp\.down_proj$': 0.4"
@@ -22,30 +23,60 @@ def parse_target(value: Any, over_linear: bool = False) -> Pattern | None:
     """
     if isinstance(value, str) and ":" in value:
         return parse_pattern(value)
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    try:
+        sparsity = float(value)
+    except (TypeError, ValueError):
+        sparsity = None
+    if sparsity is None or isinstance(value, bool):
         raise ValueError(f"{value!r} is neither a sparsity (0.4) nor N:M (2:4) nor 0")
-    return Unstructured(value, over_linear) if value else None
+    return Unstructured(sparsity, over_linear) if sparsity else None
+
+
+def read_yaml(path: str | Path) -> dict[Any, Any]:
+    """A mapping from a YAML file; all its scalars are text, as YAML reads 2:4 as a number of base 60.
+
+    Raises:
+        ValueError: the file cannot be read, has a key twice, or holds no mapping.
+    """
+    import yaml  # most runs read no YAML: the command line starts faster
+
+    class DistinctKeys(yaml.BaseLoader):
+        def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+            for key, count in Counter(key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)).items():
+                if count > 1:
+                    raise yaml.YAMLError(f"{key} is there twice")
+            return dict(super().construct_mapping(node, deep))
+
+    try:
+        file = Path(path).expanduser()
+        check_regular(file, SettingsError)
+        content = yaml.load(file.read_text(encoding="utf-8"), Loader=DistinctKeys)
+    except (OSError, ValueError, RuntimeError, SettingsError, yaml.YAMLError) as error:
+        raise ValueError(f"{path} cannot be read: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} is not a mapping, a line each like {EXAMPLE}")
+    return content
 
 
 def read_targets(value: Any) -> Any:
     """Targets by regular expressions or layer numbers, from a YAML file or a mapping; other values stay as they are.
 
     Raises:
-        ValueError: the file cannot be read, or is no such mapping.
+        ValueError: the file cannot be read, an expression is none, or a target is none.
     """
-    if isinstance(value, dict):
-        return {str(name): target for name, target in value.items()}
-    if not isinstance(value, str | Path):
+    if not isinstance(value, str | Path | dict):
         return value
-    from llm_barber.settings.yaml_file import read_yaml  # most runs read no YAML: the command line starts faster
-
-    targets = read_yaml(value)
-    if not isinstance(targets, dict):
-        raise ValueError(f"{value} is not a mapping of names to sparsities, a line each like {EXAMPLE}")
+    targets = value if isinstance(value, dict) else read_yaml(value)
+    compile_names([str(name) for name in targets])
     for name, target in targets.items():
-        if not isinstance(target, str):
-            raise ValueError(f"{value}: {name} is given a list or a mapping, not a sparsity, as in {EXAMPLE}")
-    return {str(name): _number(target) for name, target in targets.items()}
+        try:
+            parse_target(target)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from error
+    return {
+        str(name): float(target) if isinstance(target, str) and ":" not in target else target
+        for name, target in targets.items()
+    }
 
 
 def read_blocks(path: Path) -> tuple[Block, ...]:
@@ -55,47 +86,15 @@ def read_blocks(path: Path) -> tuple[Block, ...]:
         ValueError: the file does not describe blocks.
     """
     how = "write for each block, in the order of computation: NAME: {output: PATH, linears: [PATH, …]}"
-    from llm_barber.settings.yaml_file import read_yaml
-
-    content = read_yaml(path)
-    if not isinstance(content, dict) or not content:
+    blocks = read_yaml(path)
+    if not blocks:
         raise ValueError(f"{path} does not describe blocks: {how}")
-    for name, value in content.items():
-        if problem := _block_problem(value):
-            raise ValueError(f"{path}: block {name} {problem}; {how}")
-    return tuple(Block(str(name), block["output"], tuple(block["linears"])) for name, block in content.items())
-
-
-def _block_problem(value: Any) -> str | None:
-    """Say what is wrong with the description of a block, as a verb and its object; None: nothing."""
-    if not isinstance(value, dict):
-        return "is not a mapping"
-    if value.keys() != {"output", "linears"}:
-        return f"has {', '.join(map(str, value)) or 'nothing'}, and needs output and linears"
-    if not isinstance(value["output"], str):
-        return "has an output that is not a path"
-    linears = value["linears"]
-    if not isinstance(linears, list) or not all(isinstance(linear, str) for linear in linears):
-        return "has linears that are not a list of paths"
-    return None if linears else "has no linears"
-
-
-def _number(value: Any) -> Any:
-    try:
-        return float(value)
-    except (TypeError, ValueError):
-        return value
-
-
-def _is_number(expression: str) -> bool:
-    return re.fullmatch(r"0|-?[1-9]\d{0,8}", expression) is not None
-
-
-def _means(expression: str, index: int, name: str, layers: int) -> bool:
-    """True if the expression fits the linear `name` of layer `index`; a number means a layer, -1 the last."""
-    if _is_number(expression):
-        return index < layers and int(expression) in (index, index - layers)
-    return re.search(expression, name) is not None
+    for name, block in blocks.items():
+        right = isinstance(block, dict) and block.keys() == {"output", "linears"} and isinstance(block["output"], str)
+        linears = block["linears"] if right else None
+        if not linears or not isinstance(linears, list) or not all(isinstance(linear, str) for linear in linears):
+            raise ValueError(f"{path}: block {name} is not described: {how}")
+    return tuple(Block(str(name), block["output"], tuple(block["linears"])) for name, block in blocks.items())
 
 
 def compile_names(expressions: Sequence[str]) -> list[re.Pattern[str]]:
@@ -111,6 +110,14 @@ def compile_names(expressions: Sequence[str]) -> list[re.Pattern[str]]:
         except (re.error, OverflowError, RecursionError) as error:
             raise ValueError(f"{expression!r} is not a regular expression: {error}") from error
     return compiled
+
+
+def _is_number(expression: str) -> bool:
+    return re.fullmatch(r"0|-?[1-9]\d{0,8}", expression) is not None
+
+
+def _matches(expressions: Iterable[str], name: str) -> bool:
+    return any(re.search(expression, name) for expression in expressions)
 
 
 @dataclass(frozen=True)
@@ -148,23 +155,20 @@ class Targets:
             name: of the linear in the model, as `model.layers.0.mlp.up_proj`.
             layers: how many decoder layers there are.
         """
-        if index < layers and self._left_out(index, name, layers):
+        is_head = index == layers
+        if not is_head and self._leaves_out(index, name, layers):
             return None
         for expression, value in self.exceptions.items():
-            if _means(expression, index, name, layers):
+            of_layer = _is_number(expression) and not is_head and int(expression) in (index, index - layers)
+            if of_layer or (not _is_number(expression) and re.search(expression, name)):
                 return parse_target(value, self.over_linear)
-        if self.allocated is not None and index < layers:
+        if self.allocated is not None and not is_head:
             return parse_target(self.allocated[name], over_linear=True)
-        if isinstance(self.pattern, NofM):
-            return self.pattern
-        return parse_target(self.pattern.sparsity, self.over_linear)
+        return self.pattern if isinstance(self.pattern, NofM) else Unstructured(self.pattern.sparsity, self.over_linear)
 
-    def _left_out(self, index: int, name: str, layers: int) -> bool:
-        if index in self.skip_layers or index - layers in self.skip_layers:
-            return True
-        if self.include and not any(regex.search(name) for regex in compile_names(self.include)):
-            return True
-        return any(regex.search(name) for regex in compile_names(self.exclude))
+    def _leaves_out(self, index: int, name: str, layers: int) -> bool:
+        skipped = not {index, index - layers}.isdisjoint(self.skip_layers)
+        return skipped or (bool(self.include) and not _matches(self.include, name)) or _matches(self.exclude, name)
 
     def check(self, shapes: Sequence[dict[str, tuple[int, ...]]], head: dict[str, tuple[int, ...]]) -> None:
         """Refuse targets that fit no linear of the model.
@@ -178,32 +182,13 @@ class Targets:
             ModelError: M does not divide a row, or is longer than one.
         """
         layers = len(shapes)
-        names = [name for layer in (*shapes, head) for name in layer]
-        kinds = dict.fromkeys(re.sub(r"\.\d+\.", ".0.", name) for name in names)
-        example = f"names look like {', '.join(list(kinds)[:12])}"
-        without_head = example if head else f"{example}; the output head is pruned with --prune-head only"
-        for setting, expressions in (
-            ("include", self.include),
-            ("exclude", self.exclude),
-            ("sparsities", self.exceptions),
-        ):
-            for expression in expressions:
-                if setting == "sparsities" and _is_number(expression):
-                    self._check_layer(setting, int(expression), layers)
-                elif not any(re.search(expression, name) for name in names):
-                    hint = without_head if "head" in expression else example
-                    missing = "{setting}: no linear's name matches {expression!r}"
-                    raise SettingsError(message(missing, setting=SettingName(setting), expression=expression), hint)
+        self._check_layers(layers)
+        example = self._check_names([name for layer in (*shapes, head) for name in layer], bool(head))
         for name in head:
-            if self.of(layers, name, layers) is None or any(re.search(expression, name) for expression in self.exclude):
+            if self.of(layers, name, layers) is None or _matches(self.exclude, name):
                 raise SettingsError(
                     f"--prune-head prunes {name}, and another setting leaves it out", "leave out one of the two"
                 )
-        numbers = [int(expression) % layers for expression in self.exceptions if _is_number(expression)]
-        if len(numbers) > len(set(numbers)):
-            raise SettingsError(message("{sparsities} names one layer twice"), f"-1 is layer {layers - 1}")
-        for index in self.skip_layers:
-            self._check_layer("skip_layers", index, layers)
         selected = 0
         for index, layer in enumerate((*shapes, head)):
             for name, shape in layer.items():
@@ -213,14 +198,35 @@ class Targets:
                     otherwise = "leave out --prune-head" if index == layers else "leave the linear out with --exclude"
                     self._check_groups(name, shape[1], target, otherwise)
         if not selected:
-            nothing = "{include}, {exclude}, {skip_layers} and {sparsities} leave nothing to prune"
-            raise SettingsError(message(nothing), example)
+            raise SettingsError(
+                "--include, --exclude, --skip-layers and --sparsities leave nothing to prune", f"names are {example}"
+            )
 
-    @staticmethod
-    def _check_layer(setting: str, index: int, layers: int) -> None:
-        if not -layers <= index < layers:
-            missing = message("{setting}: there is no decoder layer {index}", setting=SettingName(setting), index=index)
-            raise SettingsError(missing, f"the model has decoder layers 0 to {layers - 1}")
+    def _check_layers(self, layers: int) -> None:
+        """Refuse numbers of layers that are not there, or that name one layer twice."""
+        numbers = [int(expression) for expression in self.exceptions if _is_number(expression)]
+        for option, indices in (("--sparsities", numbers), ("--skip-layers", self.skip_layers)):
+            for index in indices:
+                if not -layers <= index < layers:
+                    there = f"the model has decoder layers 0 to {layers - 1}"
+                    raise SettingsError(f"{option}: there is no decoder layer {index}", there)
+        if len(numbers) > len({index % layers for index in numbers}):
+            raise SettingsError("--sparsities names one layer twice", f"-1 is layer {layers - 1}")
+
+    def _check_names(self, names: Sequence[str], has_head: bool) -> str:
+        """Refuse expressions that match no name; returns examples of names."""
+        kinds = dict.fromkeys(re.sub(r"\.\d+\.", ".0.", name) for name in names)
+        example = ", ".join(list(kinds)[:12])
+        options = {"--include": self.include, "--exclude": self.exclude, "--sparsities": self.exceptions}
+        for option, expressions in options.items():
+            for expression in expressions:
+                is_layer = option == "--sparsities" and _is_number(expression)
+                if not is_layer and not any(re.search(expression, name) for name in names):
+                    head = "" if has_head or "head" not in expression else "; the output head needs --prune-head"
+                    raise SettingsError(
+                        f"{option}: no linear's name matches {expression!r}", f"names look like {example}{head}"
+                    )
+        return example
 
     def _check_groups(self, name: str, columns: int, pattern: NofM, otherwise: str) -> None:
         """Refuse rows that are no whole number of groups; `otherwise` says how the linear is not pruned."""

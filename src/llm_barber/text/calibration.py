@@ -19,7 +19,6 @@ from torch import Tensor
 from llm_barber.checkpoint.regular import check_regular
 from llm_barber.checkpoint.untrusted import check_header, parse_json
 from llm_barber.errors import CalibrationError, HubError, ModelError, SettingsError
-from llm_barber.messages import message
 from llm_barber.text.suffixes import SUFFIXES, TOKEN_FILE_SUFFIX
 from llm_barber.text.windows import TextTokenizer, windows_of
 from llm_barber.usage import current_memory, readable_bytes
@@ -154,13 +153,8 @@ def check_text_fits(name: str, samples: int, seqlen: int, memory: int) -> None:
     needed = current_memory() + READING_BYTES * size
     if size and needed > memory:
         raise SettingsError(
-            message(
-                "{memory}: {given} are not enough to read the {size} of calibration text {name}, which takes {needed}",
-                given=readable_bytes(memory, 1024),
-                size=readable_bytes(size),
-                name=name,
-                needed=readable_bytes(needed, 1024),
-            ),
+            f"--memory: {readable_bytes(memory, 1024)} are not enough to read the {readable_bytes(size)} of "
+            f"calibration text {name}, which takes {readable_bytes(needed, 1024)}",
             f"give a shorter text ({readable_bytes(enough)} are plenty for {samples} windows of {seqlen} tokens), "
             "a file of tokens, or more memory",
         )

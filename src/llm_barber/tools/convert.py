@@ -13,8 +13,8 @@ from llm_barber.checkpoint.untrusted import check_file_name, parse_json
 from llm_barber.checkpoint.writer import CheckpointWriter
 from llm_barber.errors import ModelError
 from llm_barber.progress import Progress, Silent
-from llm_barber.settings.checked import takes
-from llm_barber.settings.copies import ConvertConfig
+from llm_barber.settings.base import takes
+from llm_barber.settings.tools import ConvertConfig
 
 PICKLED, PICKLED_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 DTYPES = (

@@ -28,15 +28,13 @@ from llm_barber.evaluation.texts import evaluation_text, evaluation_windows
 from llm_barber.loading.configuration import check_positions, load_config
 from llm_barber.loading.tokenizer import load_tokenizer
 from llm_barber.masking.granularity import Granularity
-from llm_barber.messages import message
 from llm_barber.model.device import resolve_device, resolve_dtype
 from llm_barber.model.empty import auto_class
 from llm_barber.progress import Progress, Silent
 from llm_barber.run.commands import prune
-from llm_barber.settings.demo import DemoConfig
-from llm_barber.settings.initial import Initial
-from llm_barber.settings.presets import Preset, Refine
+from llm_barber.settings.presets import Initial, Preset, Refine
 from llm_barber.settings.prune import PruneConfig
+from llm_barber.settings.tools import DemoConfig
 from llm_barber.text.calibration import load_calibration
 from llm_barber.usage import reset_peak_memory
 
@@ -206,7 +204,7 @@ def _outcomes(
     for future in as_completed(futures.values()):
         row = future.result().row
         for warning in future.result().warnings:
-            progress.warn(message("{row}: {warning}", row=row.name, warning=warning))
+            progress.warn(f"{row.name}: {warning}")
         progress.advance(f"{row.name}: perplexity {row.perplexity:.2f}")
     return [futures[name].result() for name in (DENSE, *methods)]
 

@@ -14,14 +14,13 @@ from llm_barber.checkpoint.output import check_output
 from llm_barber.checkpoint.source import CheckpointSource
 from llm_barber.checkpoint.writer import CheckpointWriter
 from llm_barber.errors import BarberError, ModelError, SettingsError, first_line
-from llm_barber.messages import message
 from llm_barber.progress import Progress, Silent
 from llm_barber.record.card import model_card
 from llm_barber.record.file import read_record, recorded_structure
 from llm_barber.record.report import RunReport
 from llm_barber.record.verification import folder_problems, refuse
 from llm_barber.runtime.held_zeros import hold_zeros, unwrapped
-from llm_barber.settings.base import output_folder, same_folder
+from llm_barber.settings.base import check_apart, output_folder
 from llm_barber.tools.linears import find_linears
 from llm_barber.tools.trained_copy import NO_FOLDER, TrainedCopy, TrainedModel
 
@@ -173,9 +172,8 @@ def _folder_to_write(output: str | Path, pruned: str | Path) -> Path:
     try:
         folder = output_folder(output)
     except ValueError as error:
-        raise SettingsError(message("{output}: {error}", error=str(error)), "choose another output folder") from error
-    if problems := same_folder("pruned", str(pruned), folder):
-        raise SettingsError(problems[0], "the trained checkpoint is written beside the pruned one")
+        raise SettingsError(f"output: {error}", "choose another output folder") from error
+    check_apart(folder, str(pruned), "the pruned checkpoint")
     return folder
 
 

@@ -26,8 +26,8 @@ from llm_barber.model.empty import auto_class
 from llm_barber.progress import Progress, Silent
 from llm_barber.runtime.load import load
 from llm_barber.runtime.packed_linear import PackedLinear
-from llm_barber.settings.checked import takes
-from llm_barber.settings.generate import GenerateConfig, KeepPacked
+from llm_barber.settings.base import takes
+from llm_barber.settings.tools import GenerateConfig, KeepPacked
 from llm_barber.tools.generation import GeneratedText, Generation, Speed
 from llm_barber.tools.prompt import open_tokenizer, prompt_tokens, read_prompt, room_for_text
 from llm_barber.usage import current_memory, machine, peak_device_memory, peak_memory, reset_peak_memory, versions

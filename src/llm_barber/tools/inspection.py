@@ -19,8 +19,8 @@ from llm_barber.record.layers import LinearResult
 from llm_barber.record.report import KeptWeights, RunReport
 from llm_barber.record.rounding import Rounding, rounding_of
 from llm_barber.record.verification import folder_problems
-from llm_barber.settings.checked import takes
-from llm_barber.settings.inspect import InspectConfig
+from llm_barber.settings.base import takes
+from llm_barber.settings.tools import InspectConfig
 from llm_barber.tools.linears import FoundLinear, check_shapes, find_linears
 
 

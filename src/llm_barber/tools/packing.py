@@ -26,8 +26,8 @@ from llm_barber.record.file import read_record
 from llm_barber.record.report import RunReport
 from llm_barber.record.rounding import Rounding, rounding_of
 from llm_barber.record.verification import folder_problems, refuse, written_otherwise
-from llm_barber.settings.checked import takes
-from llm_barber.settings.copies import PackConfig, UnpackConfig, Values
+from llm_barber.settings.base import takes
+from llm_barber.settings.tools import PackConfig, UnpackConfig, Values
 from llm_barber.tools.rounded_packing import Rounder, dense_header, refuse_unpruned
 
 # A shard to write: its name, tensors and metadata, and its header if safetensors would write another.

@@ -11,13 +11,11 @@ from transformers import PreTrainedConfig
 
 from llm_barber.errors import CalibrationError, ModelError, SettingsError, first_line
 from llm_barber.loading.tokenizer import load_tokenizer
-from llm_barber.messages import SettingName, message
 from llm_barber.progress import Progress
-from llm_barber.settings.generate import STANDARD_INPUT, GenerateConfig
+from llm_barber.settings.tools import STANDARD_INPUT, GenerateConfig
 from llm_barber.text.windows import tokens_of
 
 TOKENIZER_HINT = "get tokenizer.json and tokenizer_config.json of the model again"
-CHAT, NO_CHAT = SettingName("chat", True), SettingName("chat", False)
 POSITIONS = ("max_position_embeddings", "max_seq_len")  # names in configurations
 
 
@@ -35,10 +33,10 @@ def read_prompt(prompt: str, progress: Progress) -> str:
         text = sys.stdin.read()
         text.encode()
     except UnicodeError:
-        raise SettingsError(message("{prompt}: standard input is not UTF-8"), "convert it first, with iconv") from None
+        raise SettingsError("PROMPT: standard input is not UTF-8", "convert it first, with iconv") from None
     text = text.removesuffix("\n").removesuffix("\r")
     if not text.strip():
-        raise SettingsError(message("{prompt}: standard input is empty"), "pipe a text into the command, or type one")
+        raise SettingsError("PROMPT: standard input is empty", "pipe a text into the command, or type one")
     return text
 
 
@@ -77,10 +75,8 @@ def prompt_tokens(prompt: str, tokenizer: Any, config: GenerateConfig) -> tuple[
     chat = has_template(tokenizer) if config.chat is None else config.chat
     if chat and not has_template(tokenizer):
         raise SettingsError(
-            message(
-                "{chat} needs a chat template, and the tokenizer of {model} has none", chat=CHAT, model=config.model
-            ),
-            message("leave {chat} out: {prompt} is then continued as text", chat=CHAT),
+            f"--chat needs a chat template, and the tokenizer of {config.model} has none",
+            "leave --chat out: PROMPT is then continued as text",
         )
     if chat:
         prompt = _in_template(prompt, tokenizer, config.model)
@@ -103,7 +99,7 @@ def _in_template(prompt: str, tokenizer: Any, model: str) -> str:
     except Exception as error:  # templates raise whatever they like
         raise ModelError(
             f"the chat template of {model} fails: {first_line(error)}",
-            message("{chat} continues {prompt} as text", chat=NO_CHAT),
+            "--no-chat continues PROMPT as text",
         ) from error
 
 
