@@ -7,14 +7,15 @@ The cells are those of SmolLM2-135M with 64 × 1024 tokens. It needs no model an
 
 import json
 from pathlib import Path
+from typing import Any
 
 import matplotlib
-from kept import TASK_EXAMPLES, kept_cell
 from matplotlib.figure import Figure
 
 ROOT = Path(__file__).parents[1]
 CELLS = ROOT / "benchmarks" / "results" / "smollm2-135m-64x1024" / "cells"
 FIGURE = ROOT / "docs" / "figures" / "perplexity.svg"
+TASK_EXAMPLES = 300  # of the cells that the tables have; cells with more are second runs
 SPARSITIES = ("0.5", "0.6", "0.7")
 METHODS = {  # name in the files, name on the page, colour, dashes
     "magnitude": ("magnitude", "#8c8c8c", "-"),
@@ -34,49 +35,36 @@ def main() -> None:
     axes = figure.add_axes((0.105, 0.13, 0.6, 0.82))
     ends = []
     for method, (title, colour, dashes) in METHODS.items():
-        values = [perplexity(method, sparsity) for sparsity in SPARSITIES]
+        values = [perplexity(f"{method}-{sparsity}-seed0-*.json") for sparsity in SPARSITIES]
         axes.plot(range(3), values, dashes, color=colour, marker="o", markersize=4.5, linewidth=1.9)
         ends.append((values[-1], title, colour))
-    dense = dense_perplexity()
+    dense = perplexity("dense-*.json")
     axes.axhline(dense, color="#333333", linewidth=1.2, linestyle=":")
     ends.append((dense, "dense", "#333333"))
     axes.set_yscale("log")
     axes.set_ylim(20, HIGHEST)
     axes.set_xlim(-0.1, 2.1)
     axes.set_xticks(range(3), [f"{float(sparsity):.0%}".replace("%", " %") for sparsity in SPARSITIES])
-    ticks = [25, 50, 100, 200, 500, 1000]
-    axes.set_yticks(ticks, [f"{tick:,}" for tick in ticks])
+    axes.set_yticks((ticks := [25, 50, 100, 200, 500, 1000]), [f"{tick:,}" for tick in ticks])
     axes.minorticks_off()
     axes.set_xlabel("sparsity")
     axes.set_ylabel("perplexity on WikiText-2")
     axes.grid(axis="y", color="#e5e5e5")
     axes.spines[["top", "right"]].set_visible(False)
     for value, title, colour in ends:
-        beyond = value > HIGHEST
-        height = (HIGHEST if beyond else value) * NUDGED.get(title, 1)
+        height = min(value, HIGHEST) * NUDGED.get(title, 1)
         number = f"{value:,.0f}" if value > 99.5 else f"{value:.3g}" if title != "dense" else f"{value:.4g}"
-        axes.annotate(
-            f"{title}: {number}{' ↑' * beyond}", (2.13, height), color=colour, va="center", annotation_clip=False
-        )
-    FIGURE.parent.mkdir(exist_ok=True)
+        label = f"{title}: {number}{' ↑' * (value > HIGHEST)}"
+        axes.annotate(label, (2.13, height), color=colour, va="center", annotation_clip=False)
     figure.savefig(FIGURE, metadata={"Date": None, "Creator": None})
 
 
-def perplexity(method: str, target: str) -> float:
-    """Perplexity of a method's kept cell of the first seed, on the first text."""
-    cell = kept_cell(CELLS, method, target)
-    if cell is None:
-        raise SystemExit(f"{CELLS} has no {method} at {target}")
-    return float(cell["evaluation"]["texts"][0]["perplexity"])
-
-
-def dense_perplexity() -> float:
-    """Perplexity of the dense model, on the windows of the tables."""
-    for path in sorted(CELLS.glob("dense-*.json")):
-        evaluation = json.loads(path.read_text())["evaluation"]
-        if all(task["examples"] <= TASK_EXAMPLES for task in evaluation["tasks"]):
-            return float(evaluation["texts"][0]["perplexity"])
-    raise SystemExit(f"{CELLS} has no dense model")
+def perplexity(pattern: str) -> float:
+    """Perplexity on the first text of the cells of a pattern: that of the newest revision, with the tables' tasks."""
+    cells: list[dict[str, Any]] = [json.loads(path.read_text()) for path in sorted(CELLS.glob(pattern))]
+    shown = [cell for cell in cells if all(task[2] <= TASK_EXAMPLES for task in cell["key"].get("tasks") or [])]
+    newest = max(shown, key=lambda cell: cell["key"].get("revision", 1))
+    return float(newest["evaluation"]["texts"][0]["perplexity"])
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ from safetensors.torch import load_file, save_file
 
 from llm_barber import EvaluateConfig, Evaluation, evaluate
 from llm_barber.errors import CalibrationError, HubError, ModelError, SettingsError
-from llm_barber.evaluation.perplexity import perplexity
+from llm_barber.evaluation.predictions import perplexity
 from llm_barber.evaluation.texts import evaluation_text, evaluation_windows
 from tests.conftest import FAMILIES, Listener, change_json, load_model, make_model, save_tokens
 from tests.helpers.text import add_tokenizer, tokenize_characters

@@ -5,12 +5,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from llm_barber.errors import ModelError
 from llm_barber.evaluation.result import TextComparison
 from llm_barber.evaluation.streamed import StreamedModel
-from llm_barber.progress import Progress
+from llm_barber.progress import Progress, Silent
 
 
 @dataclass(frozen=True)
@@ -71,6 +71,27 @@ def measure_predictions(
             top_agreement=sums.agreement / count,
         )
     return _perplexity(sums.loss / count, text), comparison
+
+
+@torch.no_grad()
+def perplexity(model: nn.Module, windows: Tensor, progress: Progress | None = None) -> float:
+    """Perplexity of a model in memory: exp of the mean loss of each window's tokens after its first.
+
+    Args:
+        model: a transformers causal language model.
+        windows: int64, (windows, seqlen).
+        progress: told of each window.
+    """
+    progress = progress or Silent()
+    progress.start("measuring perplexity", len(windows))
+    device = next(model.parameters()).device
+    total = 0.0
+    for window in windows:
+        tokens = window.unsqueeze(0).to(device)
+        logits = model(input_ids=tokens, use_cache=False).logits[0, :-1]
+        total += nn.functional.cross_entropy(logits.float(), tokens[0, 1:], reduction="sum").item()
+        progress.advance("")
+    return math.exp(total / (windows.shape[0] * (windows.shape[1] - 1)))
 
 
 def token_losses(logits: Tensor, log_total: Tensor, following: Tensor) -> Tensor:

@@ -24,7 +24,7 @@ WIDTH = 928  # units, a CSS pixel each, of the page's column
 UNITS_PER_INCH = 72  # of matplotlib's SVG
 # Times the dense model's perplexity. A worse model is of no use, and an axis up to it would squeeze the other lines.
 WORST_SHOWN = 60
-COLOURS = matplotlib.color_sequences["tab20"]
+COLOURS = (*matplotlib.color_sequences["tab10"], "black", "goldenrod")
 STYLE = {
     "svg.fonttype": "none",  # letters stay letters: small, searchable
     "svg.hashsalt": "llm-barber",

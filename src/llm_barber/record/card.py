@@ -27,12 +27,6 @@ USE = {
     ),
 }
 USE["rounded"] = USE["packed"]
-# What cards of packed models said before; `card_of_format` finds it, too.
-FORMER_USE = (
-    "import llm_barber  # pip install llm-barber; or: llm-barber unpack THIS_FOLDER DENSE\n"
-    "from transformers import AutoTokenizer\n\n"
-    'model = llm_barber.load("THIS_FOLDER")'
-)
 STORED = {
     "dense": "The numbers of zeros are real, the format is dense: the file is no smaller and runs no faster than the "
     "original by itself.",
@@ -153,7 +147,7 @@ def card_of_format(card: str, before: RunReport, report: RunReport, stored: str)
         report: the record now.
         stored: a key of `STORED`.
     """
-    card = card.replace(FORMER_USE, _use(report, "packed")).replace(_kept(before), _kept(report))
+    card = card.replace(_kept(before), _kept(report))
     for other in STORED.keys() - {stored}:
         card = card.replace(STORED[other], STORED[stored]).replace(_use(report, other), _use(report, stored))
     return card

@@ -23,7 +23,7 @@ from llm_barber.checkpoint.folder import claim_folder
 from llm_barber.checkpoint.hub import resolve_model
 from llm_barber.checkpoint.source import CheckpointSource
 from llm_barber.errors import BarberError, ModelError
-from llm_barber.evaluation.perplexity import perplexity
+from llm_barber.evaluation.predictions import perplexity
 from llm_barber.evaluation.texts import evaluation_text, evaluation_windows
 from llm_barber.loading.configuration import check_positions, load_config
 from llm_barber.loading.tokenizer import load_tokenizer
