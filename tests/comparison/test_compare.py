@@ -272,8 +272,8 @@ def test_a_file_of_tokens_is_taken_as_it_is(settings: dict[str, Any], tmp_path: 
     [
         ({"targets": ("half",)}, SettingsError, "target 'half' is neither a sparsity"),
         ({"targets": ("1.5",)}, SettingsError, "1.5 is not between 0 and 1"),
-        ({"methods": ("wands",)}, SettingsError, "'wands' is not one of magnitude, .*: did you mean wanda"),
-        ({"seeds": (-1,)}, SettingsError, "-1 is too small: the least is 0"),
+        ({"methods": ("wands",)}, SettingsError, "--methods: 'wands' should be 'magnitude', "),
+        ({"seeds": (-1,)}, SettingsError, "--seeds: -1 should be greater than or equal to 0"),
         ({"methods": ("mask", "paper"), "rebuild_ratio": 0.5}, SettingsError, "presets have their own"),
         ({"rebuild": False, "rebuild_ratio": 0.5}, SettingsError, "need the rebuild"),
         ({"text": ("nothing",)}, CalibrationError, "no such text"),

@@ -60,4 +60,4 @@ def test_a_gpu_without_memory_is_an_error_with_a_hint(
     monkeypatch.setattr(run_module, "prune_layer", refuse)
     with pytest.raises(DeviceMemoryError, match="the GPU's memory is too small") as caught:
         prune(PruneConfig(model=llama, output=tmp_path / "out", calibration=tokens, preset="paper", report=False))
-    assert caught.value.hint.startswith("use a smaller batch_size")
+    assert caught.value.hint.startswith("use a smaller --batch-size")

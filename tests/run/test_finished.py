@@ -133,7 +133,7 @@ def test_a_rebuild_by_another_method(tmp_path: Path, model: Path, tokens: Path) 
     report = rebuild(RebuildConfig(**again, initial="wanda"))
     assert rebuild(RebuildConfig(**again, initial="wanda", resume=True)) == report
     for initial in (None, "magnitude"):
-        with pytest.raises(OutputError, match="other settings: initial"):
+        with pytest.raises(OutputError, match="other settings: --initial"):
             rebuild(RebuildConfig(**again, initial=initial, resume=True))
 
 

@@ -218,8 +218,8 @@ def show_evaluation(evaluation: Evaluation) -> None:
                 row += [f"{task.against.value:.3f}", difference]
             rows.append(row)
         title = f"accuracy of {evaluation.model} (higher is better, ± standard error)"
-        compared = ("against", "difference") if both else ()
-        _print(_table(("task", "metric", "value", "examples", *compared), rows, title))
+        differences = ("against", "difference") if both else ()
+        _print(_table(("task", "metric", "value", "examples", *differences), rows, title))
     sources = [
         f"{task.task}: {task.source}, {task.shots} shots{f', sha256 {task.sha256[:16]}' if task.sha256 else ''}, "
         f"{computed}"
@@ -235,8 +235,8 @@ def show_evaluation(evaluation: Evaluation) -> None:
 def show_comparison(comparison: Comparison, folder: Path) -> None:
     """Print the tables of a comparison, its notes, and the path of its page."""
     for part in tables_by_target(comparison):
-        rows = [
-            (row.title, *(Text(cell, "bold" if best else "") for cell, best in zip(row.cells, row.best, strict=True)))
+        rows: list[list[str | Text]] = [
+            [row.title, *(Text(cell, "bold" if best else "") for cell, best in zip(row.cells, row.best, strict=True))]
             for row in part.rows
         ]
         _print(_table(("method", *headings(comparison)), rows, f"{part.title}: {comparison.model}"))
