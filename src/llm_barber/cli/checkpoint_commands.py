@@ -61,7 +61,7 @@ def pack(config: PackConfig, json: JsonOption = False, quiet: QuietOption = Fals
 
 @command(UnpackConfig, {"model": "PACKED", "output": "OUT"}, ("llm-barber unpack packed unpacked",))
 def unpack(config: UnpackConfig, json: JsonOption = False, quiet: QuietOption = False) -> None:
-    """Restore the files that were packed, bit for bit.
+    """Restore the tensors that were packed, bit for bit.
 
     A model with int8 values becomes a dense model whose weights are rounded.
     """

@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-from llm_barber.checkpoint.regular import check_regular
+from llm_barber.checkpoint.untrusted import check_regular
 from llm_barber.errors import SettingsError
 
 
