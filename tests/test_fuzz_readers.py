@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 from llm_barber import InspectConfig, PruneConfig, inspect, prune
 from llm_barber.checkpoint.companions import EVALUATION_NAME
 from llm_barber.checkpoint.hub import INDEX_NAME
-from llm_barber.checkpoint.index import PACKED_INDEX
+from llm_barber.checkpoint.packed_format import PACKED_INDEX
 from llm_barber.checkpoint.source import CheckpointSource
 from llm_barber.checkpoint.state import STATE_NAME, RunState, read_state, write_state
 from llm_barber.checkpoint.unfinished import check_key

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from llm_barber import InspectConfig, PackConfig, PruneConfig, RebuildConfig, inspect, pack, prune, rebuild, unpack
 from llm_barber.checkpoint import hub
 from llm_barber.checkpoint.digests import content_digest, has_its_digest, with_digest
-from llm_barber.checkpoint.packed_table import PLACES, VALUES
+from llm_barber.checkpoint.packed_format import PLACES, VALUES
 from llm_barber.comparison.cells import fingerprint
 from llm_barber.errors import BarberError, ModelError, OutputError, VerificationError
 from llm_barber.run import stream as run_module
@@ -78,8 +78,8 @@ def test_a_bit_that_flips_in_a_packed_weight_is_found(folders: Path, suffix: str
     content = shard.read_bytes()
     position = content.index(tensors[name].view(torch.uint8).numpy().tobytes())
     shard.write_bytes(content[:position] + bytes([content[position] ^ 1]) + content[position + 1 :])
-    assert "model-00002-of-00003.safetensors has changed since it was written (sha256)" in problems(packed)
-    with pytest.raises(VerificationError, match=r"model-00002-of-00003.safetensors has changed since it was packed"):
+    assert "packed-model-00002-of-00003.safetensors has changed since it was written (sha256)" in problems(packed)
+    with pytest.raises(VerificationError, match=r"model-00002-of-00003.safetensors has changed since"):
         unpack(PackConfig(model=packed, output=folders / "unpacked"))
     assert not (folders / "unpacked").exists()
     assert not (folders / "unpacked.partial").exists()
@@ -369,5 +369,6 @@ def test_inspect_opens_each_model_at_its_revision(models: Path, monkeypatch: pyt
 
 def test_a_licence_that_is_a_pipe_is_refused(folders: Path) -> None:
     os.mkfifo(folders / "packed" / "LICENSE")
+    (folders / "packed" / "barber.json").unlink()
     with pytest.raises(ModelError, match="LICENSE is a named pipe"):
         unpack(PackConfig(model=folders / "packed", output=folders / "unpacked"))

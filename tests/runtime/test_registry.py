@@ -26,7 +26,7 @@ from llm_barber import (
     unpack,
 )
 from llm_barber.checkpoint.hub import INDEX_NAME
-from llm_barber.checkpoint.index import PACKED_INDEX
+from llm_barber.checkpoint.packed_format import PACKED_INDEX
 from llm_barber.errors import BarberError, ModelError, NotFiniteError, SettingsError, VerificationError
 from llm_barber.model.empty import auto_class
 from llm_barber.runtime.packed_linear import PackedLinear
@@ -419,6 +419,7 @@ def test_verification_and_record(tmp_path: Path) -> None:
         with pytest.raises((VerificationError, ModelError)):
             load(packed, verify=True)
     (packed / "config.json").write_bytes((model / "config.json").read_bytes())  # as earlier versions left it
+    (packed / "barber.json").write_bytes((tmp_path / "dense" / "barber.json").read_bytes())
     assert inspect(InspectConfig(model=str(packed))).problems == ()
 
 

@@ -15,8 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from torch import Tensor
 
 from llm_barber.checkpoint.locations import TensorInfo
-from llm_barber.checkpoint.regular import check_regular
-from llm_barber.checkpoint.untrusted import parse_json
+from llm_barber.checkpoint.untrusted import check_regular, parse_json
 from llm_barber.errors import ModelError
 
 ORDER_NAME = "channel-order.json"
@@ -93,7 +92,7 @@ class ChannelOrder(BaseModel):
             ModelError: it is damaged, or of another version of the program.
         """
         try:
-            parse_json(content, distinct_keys=True)
+            parse_json(content)
             return cls.model_validate_json(content)
         except ValidationError as error:
             problem = error.errors()[0]["msg"].removeprefix("Value error, ")

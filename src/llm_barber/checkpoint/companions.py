@@ -6,11 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from llm_barber.checkpoint.hub import CHAT_TEMPLATES, COMPANIONS, INDEX_NAME
-from llm_barber.checkpoint.index import PACKED_INDEX
-from llm_barber.checkpoint.packed_configuration import names_packed
-from llm_barber.checkpoint.regular import check_regular
+from llm_barber.checkpoint.packed_format import PACKED_INDEX, names_packed
 from llm_barber.checkpoint.state import STATE_NAME
-from llm_barber.checkpoint.untrusted import is_utf8
+from llm_barber.checkpoint.untrusted import check_regular, is_utf8
 from llm_barber.errors import ModelError
 
 RECORD_NAME = "barber.json"

@@ -16,8 +16,6 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from llm_barber.checkpoint.dense_files import content_with_header
-
 
 def write_durably(path: Path, content: bytes) -> None:
     """Write a small file. After a crash at any moment it has the old content or the new, whole."""
@@ -30,9 +28,7 @@ def write_durably(path: Path, content: bytes) -> None:
     sync_folder(path.parent)
 
 
-def save_tensors(
-    tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, str] | None = None, header: str | None = None
-) -> None:
+def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
     """Write a safetensors file with the user's default permissions.
 
     safetensors itself would make it readable by its owner alone.
@@ -43,16 +39,10 @@ def save_tensors(
         tensors: contiguous, on the CPU.
         path: of the file.
         metadata: of its header.
-        header: text of the whole header, `metadata` included; None: safetensors makes it.
 
     Raises:
         OSError: the disk is full, or another error of the operating system, which safetensors wraps in its own error.
     """
-    if header is not None:
-        with path.open("wb") as file:
-            for piece in content_with_header(tensors, header):
-                file.write(piece)
-        return
     path.touch()
     mode = path.stat().st_mode
     try:

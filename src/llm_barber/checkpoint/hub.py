@@ -8,7 +8,7 @@ from pathlib import Path
 
 from llm_barber.checkpoint.durable import is_full
 from llm_barber.checkpoint.gguf import converted_gguf
-from llm_barber.checkpoint.regular import check_all_regular, check_regular
+from llm_barber.checkpoint.untrusted import check_all_regular, check_regular
 from llm_barber.errors import HubError, ModelError
 from llm_barber.messages import as_option
 from llm_barber.progress import Progress

@@ -9,7 +9,13 @@ import torch
 from torch import Tensor
 
 FLOAT_DTYPES = ("F64", "F32", "F16", "BF16")
-BYTES = {"C64": 8, "F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2}
+DTYPES = {
+    "C64": torch.complex64, "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "F8_E8M0": torch.float8_e8m0fnu,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
+    "U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16, "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 @dataclass(frozen=True)
@@ -23,7 +29,7 @@ class TensorInfo:
     @property
     def bytes(self) -> int:
         """Size in the file, unpacked."""
-        return math.prod(self.shape) * BYTES.get(self.dtype, 1)
+        return math.prod(self.shape) * DTYPES.get(self.dtype, torch.uint8).itemsize
 
 
 class Part(Protocol):

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from llm_barber.checkpoint.companions import CARD_NAME, LOCK_NAME, OWN_JSON, PAGE_NAME, RECORD_NAME, REPLACED
 from llm_barber.checkpoint.hub import CHAT_TEMPLATES, INDEX_NAME
-from llm_barber.checkpoint.index import PACKED_INDEX, packed_name
+from llm_barber.checkpoint.packed_format import PACKED_INDEX, packed_name
 from llm_barber.checkpoint.state import STATE_NAME
 from llm_barber.checkpoint.untrusted import read_json
 from llm_barber.errors import ModelError, OutputError

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
 from llm_barber.checkpoint.channel_order import ChannelOrder
@@ -18,16 +17,17 @@ from llm_barber.checkpoint.companions import companions, refuse_adapter, refuse_
 from llm_barber.checkpoint.counts import check_counts
 from llm_barber.checkpoint.digests import files_key
 from llm_barber.checkpoint.encoding import Packed
-from llm_barber.checkpoint.headers import LastShard, OpenedShard, read_headers
 from llm_barber.checkpoint.hub import INDEX_NAME, SINGLE_NAME, resolve_model
-from llm_barber.checkpoint.index import DAMAGED, PACKED_INDEX
 from llm_barber.checkpoint.locations import FLOAT_DTYPES, Location, shape_of
 from llm_barber.checkpoint.memory import Memory, copied, ordinary_memory
 from llm_barber.checkpoint.packed import read_packed, read_tensor
-from llm_barber.checkpoint.packed_configuration import KEY, names_packed
+from llm_barber.checkpoint.packed_format import DAMAGED, KEY, PACKED_INDEX, names_packed
 from llm_barber.checkpoint.rounding import Rounded
+from llm_barber.checkpoint.shards import ShardFile, read_headers
 from llm_barber.checkpoint.untrusted import read_json
 from llm_barber.errors import ModelError, NotFiniteError
+
+READ_OPEN = 1 << 28  # bytes; pages of a mapped file count as the process's memory
 
 
 class CheckpointSource:
@@ -51,8 +51,9 @@ class CheckpointSource:
         self.tensors, self.packed = read_headers(self.folder, self.model)
         check_counts(self.configuration, self.model, (info.shape for info in self.tensors.values()))
         self._order: ChannelOrder | None = None
-        self._last: LastShard | None = None
-        files = {"config.json"} | self._shards
+        self._last: ShardFile | None = None
+        self._keeps_open = False
+        files = {"config.json", *self.shards}
         # Modification times, ns: an unfinished run asks whether each file is still the one that it began with.
         self.written = {name: (self.folder / name).stat().st_mtime_ns for name in sorted(files)}
 
@@ -135,25 +136,28 @@ class CheckpointSource:
 
         A shard is opened anew after some 256 MiB: pages of an open file count as this process's memory.
         """
-        self._last = LastShard()
+        self._keeps_open = True
         try:
             yield
         finally:
-            last, self._last = self._last, None
-            last.close()
+            self._keeps_open, self._last = False, None
 
-    @contextmanager
-    def _shard(self, file: str) -> Iterator[Any]:
-        path = self.folder / file
-        if self._last is None:
-            with OpenedShard(path) as handle:
-                yield handle
-            return
-        shard = self._last.opened(path)
-        try:
-            yield shard.handle
-        except SafetensorError as error:
-            raise shard.damaged(error) from error
+    def _shard(self, file: str) -> ShardFile:
+        last = self._last
+        if last is None or last.path.name != file or last.bytes >= READ_OPEN:
+            self._last = None  # closed before the next one is opened
+            last = ShardFile(self.folder / file)
+        if self._keeps_open:
+            self._last = last
+        return last
+
+    def metadata(self, file: str) -> dict[str, str]:
+        """Metadata of the header of a shard; errors as of `read`."""
+        return self._shard(file).metadata
+
+    def members(self, file: str) -> list[str]:
+        """Names of the tensors in a shard."""
+        return [name for name, info in self.tensors.items() if info.file == file]
 
     def read(self, names: Iterable[str], memory: Memory = ordinary_memory) -> dict[str, Tensor]:
         """Read tensors by the checkpoint's names, each file opened once.
@@ -168,17 +172,14 @@ class CheckpointSource:
             by_file.setdefault(self.tensors[name].file, []).append(name)
         tensors: dict[str, Tensor] = {}
         for file, members in by_file.items():
-            with self._shard(file) as handle:
-                table = self.packed.get(file)
-                for name in members:
-                    if table is None:
-                        tensor = copied(self._in_order(name, handle.get_tensor(name)), memory)
-                    else:
-                        tensor = self._in_order(name, read_tensor(name, table, handle, file, memory))
-                    self._refuse_not_finite(name, tensor)
-                    tensors[name] = tensor
-                    if self._last is not None:
-                        self._last.bytes += tensor.nbytes
+            shard, table = self._shard(file), self.packed.get(file)
+            for name in members:
+                if table is None:
+                    tensor = copied(self._in_order(name, shard.read(name)), memory)
+                else:
+                    tensor = self._in_order(name, read_tensor(name, table, shard, memory))
+                self._refuse_not_finite(name, tensor)
+                tensors[name] = tensor
         return tensors
 
     def _in_order(self, name: str, tensor: Tensor) -> Tensor:
@@ -208,10 +209,7 @@ class CheckpointSource:
         entry = table.packed.get(location.tensor) if table is not None else None
         if table is None or entry is None or len(entry.shape) != 2 or location.part is not None:
             return None
-        with self._shard(file) as handle:
-            packed = read_packed(location.tensor, table, handle, file, memory)
-        if self._last is not None:
-            self._last.bytes += packed.bytes
+        packed = read_packed(location.tensor, table, self._shard(file), memory)
         if isinstance(packed, Packed):
             self._refuse_not_finite(location.tensor, packed.values)
         return packed
@@ -233,7 +231,7 @@ class CheckpointSource:
         """The configuration, the index if it is read, and the shards."""
         read = (PACKED_INDEX,) if (self.folder / SINGLE_NAME).exists() else (INDEX_NAME, PACKED_INDEX)
         indices = (name for name in read if (self.folder / name).is_file())
-        return [self.folder / name for name in sorted({"config.json", *indices, *self._shards})]
+        return [self.folder / name for name in sorted({"config.json", *indices, *self.shards})]
 
     @property
     def key(self) -> str:
@@ -241,8 +239,9 @@ class CheckpointSource:
         return files_key({*self.weight_files, *self.companions()})
 
     @property
-    def _shards(self) -> set[str]:
-        return {info.file for info in self.tensors.values()}
+    def shards(self) -> list[str]:
+        """Names of the files that have the tensors."""
+        return list(dict.fromkeys(info.file for info in self.tensors.values()))
 
 
 def _all_finite(tensor: Tensor) -> bool:

@@ -21,18 +21,13 @@ START_AGAIN = "start again with --overwrite and without --resume"
 
 
 class Shard(BaseModel):
-    """A written shard: its sha256, the names of its tensors, and their bytes, unpacked.
-
-    `file` and `file_sha256`: of a packed shard, the file that it unpacks to.
-    """
+    """A written shard: its sha256, the names of its tensors, and their bytes, unpacked."""
 
     model_config = ConfigDict(frozen=True)
 
     sha256: str
     tensors: tuple[str, ...]
     bytes: int
-    file: str = ""
-    file_sha256: str = ""
 
 
 class Used(BaseModel):

@@ -1,20 +1,63 @@
-"""Check the content of files from elsewhere before use: JSON, safetensors headers, names of files."""
+"""Check files from elsewhere before use: that they are regular files, their JSON, the names of files in them.
+
+To open a named pipe waits for a writer, and some devices never end.
+"""
 
 import json
 import re
+import stat
 from pathlib import Path
 from typing import Any, TypeVar
 
 from pydantic import BaseModel
 
-from llm_barber.checkpoint.regular import check_regular
-from llm_barber.errors import ModelError
+from llm_barber.errors import BarberError, ModelError
 
-LARGEST_HEADER = 100_000_000  # bytes, as safetensors has it
 LONGEST_NAME = 255  # bytes of a file's name
 DAMAGED = "the file is damaged; get it again"
-Result = TypeVar("Result", bound=BaseModel)
+KINDS = {
+    stat.S_IFDIR: "a folder", stat.S_IFIFO: "a named pipe", stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device", stat.S_IFBLK: "a device",
+}  # fmt: skip
 SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")  # an escaped half of a surrogate pair, perhaps without the other half
+Result = TypeVar("Result", bound=BaseModel)
+
+
+def check_regular(path: Path, kind: type[BarberError] = ModelError) -> None:
+    """Refuse a path that exists and is no regular file, links followed.
+
+    A missing file is not refused: whoever opens it reports that.
+
+    Args:
+        path: the path to open.
+        kind: class of the error.
+
+    Raises:
+        BarberError: of the class `kind`.
+    """
+    try:
+        mode = path.stat().st_mode
+    except (OSError, ValueError):
+        return
+    if not stat.S_ISREG(mode):
+        name = KINDS.get(stat.S_IFMT(mode), "something else")
+        raise kind(f"{path} is {name}, not a regular file", "put a regular file there, or give the path of one")
+
+
+def check_all_regular(folder: Path, suffixes: tuple[str, ...]) -> None:
+    """Refuse a folder in which a path with one of the suffixes is a named pipe, a socket or a device.
+
+    Folders in it are not looked at: their readers check them.
+
+    Raises:
+        ModelError: a path is a named pipe, a socket or a device.
+    """
+    try:
+        paths = sorted(path for path in folder.iterdir() if path.suffix in suffixes and not path.is_dir())
+    except OSError:
+        return
+    for path in paths:
+        check_regular(path)
 
 
 def is_utf8(text: str | Path) -> bool:
@@ -29,19 +72,15 @@ def is_utf8(text: str | Path) -> bool:
     return True
 
 
-def parse_json(content: str | bytes, distinct_keys: bool = False) -> Any:
-    """Parse a JSON document.
-
-    Args:
-        content: text; bytes are UTF-8.
-        distinct_keys: refuse objects that have a key twice: a reader would see the last value only.
+def parse_json(content: str | bytes) -> Any:
+    """Parse a JSON document; bytes are UTF-8.
 
     Raises:
         ValueError: the content is not JSON, is nested too deeply, or has text that is no Unicode (a lone surrogate).
     """
     try:
         text = content if isinstance(content, str) else content.decode("utf-8")
-        parsed = json.loads(text, object_pairs_hook=_distinct if distinct_keys else None)
+        parsed = json.loads(text)
         if SURROGATE.search(text):
             json.dumps(parsed, ensure_ascii=False).encode("utf-8")
         return parsed
@@ -51,15 +90,15 @@ def parse_json(content: str | bytes, distinct_keys: bool = False) -> Any:
         raise ValueError("it is nested too deeply") from error
 
 
-def read_json(path: Path, distinct_keys: bool = False, hint: str = DAMAGED) -> dict[str, Any]:
-    """Read a checkpoint's JSON file that holds an object; `distinct_keys` as in `parse_json`.
+def read_json(path: Path, hint: str = DAMAGED) -> dict[str, Any]:
+    """Read a checkpoint's JSON file that holds an object.
 
     Raises:
         ModelError: the file holds something else, or cannot be read.
     """
     check_regular(path)
     try:
-        content = parse_json(path.read_bytes(), distinct_keys)
+        content = parse_json(path.read_bytes())
     except (OSError, ValueError) as error:
         raise ModelError(f"{path} cannot be read: {error}", hint) from error
     if not isinstance(content, dict):
@@ -88,34 +127,6 @@ def _of_64_bits(digits: str) -> int:
     if len(digits) > len(str(-(2**63))) or abs(int(digits)) >= 2**63:
         raise ValueError(f"it has the number {digits[:30]}, beyond 64 bits")
     return int(digits)
-
-
-def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    content = dict(pairs)
-    if len(content) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"{next(name for name in content if names.count(name) > 1)!r} is there twice")
-    return content
-
-
-def check_header(path: Path) -> None:
-    """Refuse a safetensors file that names a tensor twice: its readers take the last in silence.
-
-    safetensors has opened the file before, and so checked the rest of its header.
-
-    Raises:
-        ModelError: a tensor is named twice, or the header is damaged.
-    """
-    try:
-        with path.open("rb") as file:
-            size = int.from_bytes(file.read(8), "little")
-            if size > min(LARGEST_HEADER, path.stat().st_size - 8):
-                raise ValueError("its header is longer than the file")
-            parse_json(file.read(size), distinct_keys=True)
-    except ValueError as error:
-        raise ModelError(
-            f"the header of {path.name} is damaged: {error}", "get the file again, or write it again with safetensors"
-        ) from error
 
 
 def check_file_name(name: Any, source: str) -> None:

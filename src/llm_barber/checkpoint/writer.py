@@ -6,6 +6,7 @@ early leaves at most `NAME.partial`, without an index, which no program takes fo
 """
 
 import hashlib
+import json
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
@@ -13,16 +14,25 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
 from llm_barber.checkpoint.channel_order import ORDER_NAME
 from llm_barber.checkpoint.durable import save_tensors, sync_file, write_durably
 from llm_barber.checkpoint.hub import INDEX_NAME, SINGLE_NAME
-from llm_barber.checkpoint.index import index_of
 from llm_barber.checkpoint.output import WorkFolder, check_output, give_name, unwritable
-from llm_barber.checkpoint.packed_configuration import CONFIGURATION, plain_configuration
+from llm_barber.checkpoint.packed import Packing, read_tensor
+from llm_barber.checkpoint.packed_format import (
+    CONFIGURATION,
+    PACKED_INDEX,
+    TABLE_KEY,
+    Table,
+    packed_configuration,
+    packed_index,
+    packed_name,
+    plain_configuration,
+)
+from llm_barber.checkpoint.shards import ShardFile
 from llm_barber.checkpoint.state import RunState, Shard, updated_name, write_state
 from llm_barber.checkpoint.unfinished import take_up
 from llm_barber.errors import NotFiniteError, OutputError
@@ -41,6 +51,7 @@ class CheckpointWriter:
         needed: bytes that the work folder will take, checked against the free disk space.
         key: the settings and files on which the result depends; a run goes on only with the same key.
         resume: go on with an unfinished run, if there is one.
+        packing: packs each shard that is written; None: shards are plain.
 
     Raises:
         OutputError: the folder exists, another run is writing it, or there is an unfinished run, which has another key
@@ -55,6 +66,7 @@ class CheckpointWriter:
         needed: int,
         key: Mapping[str, Any] | None = None,
         resume: bool = False,
+        packing: Packing | None = None,
     ) -> None:
         self.output = output
         self._work_folder = WorkFolder(output)
@@ -63,6 +75,7 @@ class CheckpointWriter:
         self.overwrite = overwrite
         self.needed = needed
         self.resume = resume
+        self.packing = packing
         self.state = RunState(key=dict(key or {}))
         self.lost: list[str] = []
         self._written: dict[str, Shard] = {}
@@ -169,13 +182,12 @@ class CheckpointWriter:
 
     def read_shard(self, number: int) -> dict[str, Tensor]:
         """The tensors of a written shard, the first is 0, by their names in the checkpoint."""
-        path = self.folder / self._name(number + 1)
-        with safe_open(str(path), framework="pt") as handle:  # type: ignore[no-untyped-call]
-            return self._tensors(handle)
-
-    def _tensors(self, handle: Any) -> dict[str, Tensor]:
-        """The tensors of an opened shard, copied, so that no file stays mapped."""
-        return {name: handle.get_tensor(name).clone() for name in handle.keys()}  # noqa: SIM118 - a handle
+        shard = ShardFile(self.folder / self._name(number + 1))
+        if self.packing is None:
+            return {name: shard.read(name).clone() for name in shard.stored}
+        table = Table.model_validate_json(shard.metadata[TABLE_KEY])
+        plain = (name for name in shard.stored if not name.endswith(table.suffixes))
+        return {name: read_tensor(name, table, shard) for name in (*plain, *table.packed)}
 
     def read_updated(self, index: int) -> dict[str, Tensor]:
         """The updated weights of a finished layer, by linear; empty: they are the weights that were written."""
@@ -183,6 +195,10 @@ class CheckpointWriter:
         return load_file(self.folder / name) if name in self.state.updated else {}
 
     def _name(self, number: int) -> str:
+        """Name of the file of a shard, the first is 1."""
+        return self._plain_name(number) if self.packing is None else packed_name(self._plain_name(number))
+
+    def _plain_name(self, number: int) -> str:
         return f"model-{number:05d}-of-{self.shards:05d}.safetensors"
 
     @property
@@ -192,25 +208,20 @@ class CheckpointWriter:
         return list(self._written)
 
     def write_shard(
-        self,
-        tensors: Mapping[str, Tensor],
-        name: str | None = None,
-        metadata: dict[str, str] | None = None,
-        header: str | None = None,
+        self, tensors: Mapping[str, Tensor], name: str | None = None, metadata: dict[str, str] | None = None
     ) -> None:
         """Begin to write the next shard, once the shard before is durable.
 
         Args:
             tensors: by their names in the checkpoint; they must not change any more.
-            name: of the file; None: by its number.
+            name: of the file, before it is packed; None: by its number.
             metadata: of the file's header; None: as transformers writes it.
-            header: text of the whole header, as of `save_tensors`.
 
         Raises:
             OSError: the shard before could not be written.
         """
         self._count += 1
-        self._begin(partial(self._write_shard, self._count, _on_host(tensors), name, metadata, header))
+        self._begin(partial(self._write_shard, name or self._plain_name(self._count), _on_host(tensors), metadata))
 
     def finish_layer(
         self, number: int, tensors: Mapping[str, Tensor], updated: Mapping[str, Tensor], changes: Mapping[str, Any]
@@ -234,28 +245,23 @@ class CheckpointWriter:
         digests = dict(self.state.updated)
         if updated:
             name = updated_name(len(self.state.layers))
-            digests[name] = self._save(updated, name, None, None)
-        self._write_shard(number, tensors, None, None, None)
+            digests[name] = self._save(updated, name, None)
+        self._write_shard(self._plain_name(number), tensors, None)
         self._update_state(updated=digests, **changes)
 
-    def _write_shard(
-        self,
-        number: int,
-        tensors: dict[str, Tensor],
-        name: str | None,
-        metadata: dict[str, str] | None,
-        header: str | None,
-    ) -> None:
-        """Write a shard, durably."""
-        name = name or self._name(number)
-        digest = self._save(tensors, name, {"format": "pt"} if metadata is None else metadata, header)
+    def _write_shard(self, name: str, tensors: dict[str, Tensor], metadata: dict[str, str] | None) -> None:
+        """Write a shard, durably; `name`: of the file before it is packed."""
+        file, stored, metadata = name, tensors, {"format": "pt"} if metadata is None else metadata
+        if self.packing is not None:
+            file, stored, metadata = self.packing.pack(file, tensors, metadata)
+        digest = self._save(stored, file, metadata)
         size = sum(tensor.nbytes for tensor in tensors.values())
-        self._written[name] = Shard(sha256=digest, tensors=tuple(tensors), bytes=size)
+        self._written[file] = Shard(sha256=digest, tensors=tuple(tensors), bytes=size)
 
-    def _save(self, tensors: dict[str, Tensor], name: str, metadata: dict[str, str] | None, header: str | None) -> str:
+    def _save(self, tensors: dict[str, Tensor], name: str, metadata: dict[str, str] | None) -> str:
         """Write a file of tensors, durably; returns its sha256."""
         temporary = self.folder / f"{name}.tmp"
-        save_tensors(tensors, temporary, metadata, header)
+        save_tensors(tensors, temporary, metadata)
         digest = sync_file(temporary)
         temporary.rename(self.folder / name)
         return digest
@@ -267,29 +273,42 @@ class CheckpointWriter:
     def copy(self, path: Path, folder: Path, content: bytes | None = None) -> None:
         """Copy a companion file of `folder` under its name there; with `content` in place of its own if given.
 
-        A config.json loses the entry that says that its weights are packed.
+        A config.json says that the weights are packed, or does not say so, whatever it said before.
+
+        Raises:
+            OSError: a shard could not be written, or the file.
         """
         content = path.read_bytes() if content is None else content
         name = path.relative_to(folder).as_posix()
         if path.parent != folder:
             (self.folder / name).parent.mkdir(exist_ok=True)
         if name == CONFIGURATION:
-            content = plain_configuration(content)
+            packed = self.packing is not None
+            content = packed_configuration(content, self.shard_names) if packed else plain_configuration(content)
         self.write_file(name, content)
         self._companions[name] = hashlib.sha256(content).hexdigest()
 
     @property
     def digests(self) -> dict[str, str]:
-        """sha256 of every shard, the index and every companion; of a packed checkpoint's files as they unpack."""
-        self.wait_for_shards()
-        shards = {shard.file or name: shard.file_sha256 or shard.sha256 for name, shard in self._written.items()}
-        index = {} if [*shards] == [SINGLE_NAME] else {INDEX_NAME: hashlib.sha256(index_of(self._written)).hexdigest()}
+        """sha256 of every shard, the index and every companion."""
+        shards = {name: self._written[name].sha256 for name in self.shard_names}
+        index = {name: hashlib.sha256(content).hexdigest() for name, content in self._index.items()}
         return {**shards, **index, **self._companions}
 
-    def finish(self, with_index: bool = True) -> None:
-        """Write the index and give the folder its name; the state goes last, so that a kill loses nothing.
+    @property
+    def _index(self) -> dict[str, bytes]:
+        """Name and content of the index; empty: a single shard that has the name of a whole model needs none."""
+        weight_map = {tensor: name for name in self.shard_names for tensor in self._written[name].tensors}
+        if self.packing is not None:
+            return {PACKED_INDEX: packed_index(weight_map, self.packing.version)}
+        if [*self._written] == [SINGLE_NAME]:
+            return {}
+        size = sum(shard.bytes for shard in self._written.values())
+        content = {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))}
+        return {INDEX_NAME: (json.dumps(content, indent=2) + "\n").encode()}
 
-        A single shard that has the name of a whole model needs no index.
+    def finish(self) -> None:
+        """Write the index and give the folder its name; the state goes last, so that a kill loses nothing.
 
         Raises:
             OutputError: the output has come into existence meanwhile, or a shard is missing.
@@ -301,8 +320,8 @@ class CheckpointWriter:
                 raise OutputError(
                     f"{name} is not in {self.folder} any more", "go on with --resume, which makes it again"
                 )
-        if with_index and self.shard_names != [SINGLE_NAME]:
-            self.write_file(INDEX_NAME, index_of(self._written))
+        for name, content in self._index.items():
+            self.write_file(name, content)
         if updated := self.state.updated:
             self._update_state(updated={})  # first: a run that resumes now must not miss the files
             for name in updated:

@@ -14,7 +14,7 @@ from typing import Annotated, Any, Self
 
 from pydantic import BaseModel, Field, NonNegativeInt, ValidationError, model_validator
 
-from llm_barber.checkpoint.regular import check_regular
+from llm_barber.checkpoint.untrusted import check_regular
 from llm_barber.errors import TaskError
 from llm_barber.evaluation.result import TaskComparison, TaskResult
 

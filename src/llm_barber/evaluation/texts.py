@@ -5,7 +5,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from llm_barber.checkpoint.regular import check_regular
+from llm_barber.checkpoint.untrusted import check_regular
 from llm_barber.errors import CalibrationError, HubError
 from llm_barber.text.calibration import read_text
 from llm_barber.text.suffixes import TOKEN_FILE_SUFFIX

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, GenerationConfig, PreTrainedConfig
 
-from llm_barber.checkpoint.packed_configuration import KEY, names_packed
+from llm_barber.checkpoint.packed_format import KEY, names_packed
 from llm_barber.checkpoint.source import CheckpointSource
 from llm_barber.errors import CalibrationError, ModelError, first_line
 from llm_barber.messages import as_option

@@ -5,8 +5,7 @@ from pathlib import Path
 
 from llm_barber.checkpoint.companions import EVALUATION_NAME, PAGE_NAME, RECORD_NAME
 from llm_barber.checkpoint.durable import write_durably
-from llm_barber.checkpoint.regular import check_regular
-from llm_barber.checkpoint.untrusted import read_result
+from llm_barber.checkpoint.untrusted import check_regular, read_result
 from llm_barber.errors import ModelError, OutputError
 from llm_barber.evaluation.result import Evaluation
 from llm_barber.page.run_page import run_page

@@ -9,8 +9,7 @@ from llm_barber.checkpoint.companions import refuse_adapter, refuse_quantised
 from llm_barber.checkpoint.counts import check_counts
 from llm_barber.checkpoint.gguf import DTYPE as GGUF_DTYPE
 from llm_barber.checkpoint.hub import check_folder, hub_configuration
-from llm_barber.checkpoint.regular import check_regular
-from llm_barber.checkpoint.untrusted import read_json
+from llm_barber.checkpoint.untrusted import check_regular, read_json
 from llm_barber.errors import ModelError
 from llm_barber.loading.configuration import check_finite, forget_packed, unusable_configuration
 

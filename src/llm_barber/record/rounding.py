@@ -5,7 +5,7 @@ from typing import Literal
 
 from pydantic import Field, NonNegativeFloat, PositiveInt
 
-from llm_barber.checkpoint.packed_table import RoundedEntry
+from llm_barber.checkpoint.packed_format import RoundedEntry
 from llm_barber.checkpoint.source import CheckpointSource
 from llm_barber.record.layers import Result
 

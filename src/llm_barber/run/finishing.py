@@ -5,7 +5,7 @@ from pathlib import Path
 
 from llm_barber.checkpoint.channel_order import ORDER_NAME
 from llm_barber.checkpoint.companions import CARD_NAME, PAGE_NAME, RECORD_NAME
-from llm_barber.checkpoint.packed_configuration import CONFIGURATION, plain_configuration
+from llm_barber.checkpoint.packed_format import CONFIGURATION, plain_configuration
 from llm_barber.messages import ranges
 from llm_barber.method.few_tokens import FEW_TOKENS
 from llm_barber.model.empty import auto_class

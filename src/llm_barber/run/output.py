@@ -14,7 +14,7 @@ from torch import Tensor
 
 from llm_barber.checkpoint.channel_order import ORDER_NAME
 from llm_barber.checkpoint.output import unwritable
-from llm_barber.checkpoint.packed_writer import PackedWriter
+from llm_barber.checkpoint.packed import Packing
 from llm_barber.checkpoint.state import START_AGAIN, STATE_NAME, RunState, Used
 from llm_barber.checkpoint.writer import CheckpointWriter
 from llm_barber.errors import NotFiniteError, UnfinishedRunError
@@ -186,9 +186,9 @@ def open_output(prepared: PreparedRun, progress: Progress) -> Iterator[RunOutput
         except OSError as error:
             raise unwritable(config.output, error, resumable=True) from error
         return
-    kind = PackedWriter if config.format is Format.PACKED else CheckpointWriter
+    key, packing = resume_key(prepared), Packing() if config.format is Format.PACKED else None
     shards, needed = len(job.outside_shards) + len(job.steps), job.bytes + prepared.updated_bytes
-    with kind(config.output, shards, config.overwrite, needed, resume_key(prepared), config.resume) as writer:
+    with CheckpointWriter(config.output, shards, config.overwrite, needed, key, config.resume, packing) as writer:
         try:
             yield RunOutput(prepared, writer, clock)
         except BaseException as error:

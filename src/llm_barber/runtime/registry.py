@@ -1,6 +1,6 @@
 """Let transformers' `from_pretrained` load packed folders.
 
-transformers finds `PackedQuantizer` by the entry in the folder's config.json (`checkpoint/packed_configuration.py`). It
+transformers finds `PackedQuantizer` by the entry in the folder's config.json (`checkpoint/packed_format.py`). It
 builds the empty model, opens a packed shard, and would initialise what it does not find there. `PackedQuantizer` turns
 the initialisation off, and afterwards gives every parameter and buffer its value (`filling.py`), or raises an error.
 """
@@ -18,8 +18,16 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from llm_barber.checkpoint.hub import hub_file, resolve_model
-from llm_barber.checkpoint.index import DAMAGED, PACKED_INDEX, read_index
-from llm_barber.checkpoint.packed_configuration import ENTRY_KEYS, KEY, QUANT_METHOD, WEIGHTS, names_packed
+from llm_barber.checkpoint.packed_format import (
+    DAMAGED,
+    ENTRY_KEYS,
+    KEY,
+    PACKED_INDEX,
+    QUANT_METHOD,
+    WEIGHTS,
+    names_packed,
+    read_index,
+)
 from llm_barber.checkpoint.source import CheckpointSource
 from llm_barber.checkpoint.untrusted import check_file_name
 from llm_barber.errors import ModelError, SettingsError

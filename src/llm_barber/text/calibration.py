@@ -16,9 +16,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from llm_barber.checkpoint.regular import check_regular
-from llm_barber.checkpoint.untrusted import check_header, parse_json
-from llm_barber.errors import CalibrationError, HubError, ModelError, SettingsError
+from llm_barber.checkpoint.untrusted import check_regular, parse_json
+from llm_barber.errors import CalibrationError, HubError, SettingsError
 from llm_barber.text.suffixes import SUFFIXES, TOKEN_FILE_SUFFIX
 from llm_barber.text.windows import TextTokenizer, windows_of
 from llm_barber.usage import current_memory, readable_bytes
@@ -275,11 +274,10 @@ def _read_tokens(path: Path) -> Tensor:
         raise CalibrationError(f"no such calibration file: {path}", "check the path")
     try:
         with safe_open(path, framework="pt") as file:
-            check_header(path)
             if "input_ids" not in file.keys():  # noqa: SIM118 - a handle, not a dict
                 raise CalibrationError(f"{path} has no input_ids", hint)
             tokens: Tensor = file.get_tensor("input_ids").clone()
-    except (SafetensorError, OSError, ModelError) as error:
+    except (SafetensorError, OSError) as error:
         raise CalibrationError(f"{path} is not a safetensors file ({error})", hint) from error
     if tokens.dtype != torch.int64 or tokens.dim() != 2 or tokens.numel() == 0 or tokens.shape[1] < 2:
         raise CalibrationError(f"input_ids in {path} is {tokens.dtype} of shape {tuple(tokens.shape)}", hint)

@@ -84,7 +84,7 @@ def pickled_files(folder: Path, model: str) -> dict[str, set[str] | None]:
             raise ModelError(f"{model} has no {PICKLED}", hint_without_pickled(folder, model))
         return {PICKLED: None}
     try:
-        content = parse_json(index.read_bytes(), distinct_keys=True)
+        content = parse_json(index.read_bytes())
     except (OSError, ValueError) as error:
         raise ModelError(f"{PICKLED_INDEX} of {model} cannot be read: {error}", AGAIN) from error
     weight_map = content.get("weight_map") if isinstance(content, dict) else None

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -136,17 +135,16 @@ def save_finetuned(
 
 def _write(output: Path, overwrite: bool, trained: TrainedModel, copy: TrainedCopy, progress: Progress) -> RunReport:
     """Write the copy of a checkpoint shard by shard, with its record, card and page."""
-    source, files = trained.source, trained.files
+    source = trained.source
+    files = source.shards
     with CheckpointWriter(output, len(files), overwrite, source.bytes) as writer:
         progress.start("writing", len(files))
         for file in files:
-            before = source.read([name for name, info in source.tensors.items() if info.file == file])
+            before = source.read(source.members(file))
             after = trained.shard(file, before)
             for name, tensor in after.items():
                 copy.compare(name, before[name], tensor)
-            with safe_open(source.folder / file, "pt") as handle:
-                metadata = handle.metadata() or {}
-            writer.write_shard(after, file, metadata)
+            writer.write_shard(after, file, source.metadata(file))
             writer.wait_for_shards()
             progress.advance(file)
         copy.refuse_filled()

@@ -1,15 +1,11 @@
 """Pack a pruned checkpoint with its kept weights rounded to int8: another model, and its record says so."""
 
-from collections import Counter
 from collections.abc import Mapping
 
-from safetensors import safe_open
 from torch import Tensor
 
-from llm_barber.checkpoint.dense_files import dense_digest, header_to_keep
-from llm_barber.checkpoint.index import ROUNDED_VERSION, packed_name
-from llm_barber.checkpoint.packed import can_be_rounded, pack_tensor_rounded
-from llm_barber.checkpoint.packed_table import TABLE_KEY, RoundedEntry, RoundedTable, StoredTensor, tensor_digest
+from llm_barber.checkpoint.packed import Packing, can_be_rounded
+from llm_barber.checkpoint.packed_format import RoundedEntry
 from llm_barber.checkpoint.source import CheckpointSource
 from llm_barber.errors import ModelError
 from llm_barber.progress import Progress
@@ -18,8 +14,6 @@ from llm_barber.record.layers import LayerResult, LinearResult
 from llm_barber.record.report import RunReport
 from llm_barber.record.rounding import Rounding
 from llm_barber.tools.linears import FoundLinear, find_linears
-
-PART_DTYPES = ("I8", "U8", "BF16")  # of values, places and scales
 
 
 def refuse_unpruned(source: CheckpointSource, record: RunReport | None, progress: Progress) -> None:
@@ -48,97 +42,48 @@ def refuse_unpruned(source: CheckpointSource, record: RunReport | None, progress
     )
 
 
-def dense_header(
-    source: CheckpointSource, file: str, tensors: Mapping[str, Tensor]
-) -> tuple[dict[str, str], str | None]:
-    """Metadata of a dense file, and its header if safetensors would write another.
-
-    Args:
-        source: the dense checkpoint.
-        file: the file's name.
-        tensors: all tensors of the file.
-    """
-    path = source.folder / file
-    with safe_open(path, "pt") as handle:
-        metadata: dict[str, str] = handle.metadata() or {}
-    return metadata, header_to_keep(path, {name: source.tensors[name] for name in tensors}, tensors, metadata)
-
-
 class Rounder:
-    """Packs shards with rounded values, and keeps what the record needs of them.
+    """Packs shards with rounded values, and counts the zeros of the rounded model for its record.
 
     Args:
         source: the checkpoint.
-        record: its record; None: it has none, and nothing is kept.
+        record: its record; None: it has none, and nothing is counted.
         progress: told of warnings.
     """
 
     def __init__(self, source: CheckpointSource, record: RunReport | None, progress: Progress) -> None:
-        self._source = source
         self._linears: Mapping[str, list[FoundLinear]] = {}
         if record is not None:
             self._linears = find_linears(source, recorded_structure(record), record.prunes_head, progress)
-        self._with_record = record is not None
-        self._entries: dict[str, RoundedEntry] = {}
-        self._digests: dict[str, str] = {}
         self._zeros: dict[tuple[int, str], int] = {}
-        self.counts: Counter[str] = Counter()
+        self.packing = Packing(rounds=True, restored=self._count_zeros)
 
     @property
     def rounding(self) -> Rounding:
         """The rounding of the shards so far."""
-        group = max(entry.group for entry in self._entries.values())
-        return Rounding(group=group, errors={name: entry.error for name, entry in self._entries.items()})
-
-    def convert(self, file: str, tensors: dict[str, Tensor]) -> tuple[str, dict[str, Tensor], dict[str, str], None]:
-        """Pack a shard: the name, tensors and metadata to write. `tensors` are taken out."""
-        metadata, header = dense_header(self._source, file, tensors)
-        stored: dict[str, Tensor] = {}
-        listed: dict[str, StoredTensor] = {}
-        entries: dict[str, RoundedEntry] = {}
-        restored: dict[str, Tensor] = {}
-        for name in list(tensors):
-            parts, entry, tensor = pack_tensor_rounded(name, tensors.pop(name))
-            stored |= parts
-            dtypes = (self._source.tensors[name].dtype,) if entry is None else PART_DTYPES
-            for (part_name, part), dtype in zip(parts.items(), dtypes, strict=True):
-                shape = tuple(part.shape)
-                listed[part_name] = StoredTensor(dtype=dtype, shape=shape, sha256=tensor_digest(part))
-            if entry is not None:
-                entries[name] = entry
-            if self._with_record:
-                restored[name] = tensor
-                self._count_zeros(name, tensor)
-        self._entries |= entries
-        self.counts.update(entry.encoding.value for entry in entries.values())
-        if self._with_record:
-            self._digests[file] = dense_digest(restored, metadata, header)
-        table = RoundedTable(
-            version=ROUNDED_VERSION, file=file, metadata=metadata, header=header, packed=entries, tensors=listed
-        )
-        return packed_name(file), stored, {TABLE_KEY: table.text()}, None
+        entries = {name: entry for name, entry in self.packing.entries.items() if isinstance(entry, RoundedEntry)}
+        group = max(entry.group for entry in entries.values())
+        return Rounding(group=group, errors={name: entry.error for name, entry in entries.items()})
 
     def _count_zeros(self, name: str, tensor: Tensor) -> None:
         for linear in self._linears.get(name, []):
             if not linear.alias:
                 self._zeros[linear.layer, linear.name] = int((linear.weight(tensor) == 0).sum())
 
-    def amend(self, record: RunReport) -> RunReport:
-        """The record of the rounded model: its files as they unpack, its zeros, and the rounding."""
-        return record.model_copy(
-            update={
-                "files": record.files | self._digests,
-                "layers": tuple(self._amended(layer) for layer in record.layers),
-                "rounding": self.rounding,
-            }
-        )
+    def amended(self, record: RunReport) -> RunReport:
+        """The record of the rounded model: its zeros, and the rounding."""
+        layers = tuple(with_zeros(layer, self._zeros) for layer in record.layers)
+        return record.model_copy(update={"layers": layers, "rounding": self.rounding})
 
-    def _amended(self, layer: LayerResult) -> LayerResult:
-        def amended(linear: LinearResult) -> LinearResult:
-            return linear.model_copy(update={"zeros": self._zeros.get((layer.index, linear.name), linear.zeros)})
 
-        blocks = [
-            block.model_copy(update={"linears": tuple(amended(linear) for linear in block.linears)})
-            for block in layer.blocks
-        ]
-        return layer.model_copy(update={"blocks": tuple(blocks)})
+def with_zeros(layer: LayerResult, zeros: Mapping[tuple[int, str], int]) -> LayerResult:
+    """The result of a layer with other counts of zeros, by layer and linear; linears without a count keep theirs."""
+
+    def counted(linear: LinearResult) -> LinearResult:
+        return linear.model_copy(update={"zeros": zeros.get((layer.index, linear.name), linear.zeros)})
+
+    blocks = (
+        block.model_copy(update={"linears": tuple(counted(linear) for linear in block.linears)})
+        for block in layer.blocks
+    )
+    return layer.model_copy(update={"blocks": tuple(blocks)})

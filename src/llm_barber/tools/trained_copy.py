@@ -20,9 +20,9 @@ from llm_barber.loading.naming import find_locations
 from llm_barber.model.empty import empty_model
 from llm_barber.model.experts import Experts
 from llm_barber.record.finetuning import FineTuning
-from llm_barber.record.layers import LayerResult, LinearResult
 from llm_barber.record.report import KeptWeights, RunReport
 from llm_barber.tools.linears import FoundLinear
+from llm_barber.tools.rounded_packing import with_zeros
 from llm_barber.usage import versions
 
 NO_FOLDER = "name the folder of the pruned checkpoint: pruned=FOLDER"
@@ -66,17 +66,12 @@ class TrainedModel:
                 "name the checkpoint that was trained: pruned=FOLDER; a model with parts of its own is written by "
                 "model.save_pretrained()",
             )
-        self._not_gathered = self.files
+        self._not_gathered = source.shards
 
     def _check_shape(self, parameter: str, part: Part | None, name: str) -> None:
         shape = shape_of(Location(parameter, part), tuple(self._parameters[parameter].shape))
         if shape != self.source.shape(name):
             raise ModelError(f"{name} has shape {shape}, in {self.source.model} {self.source.shape(name)}", NO_FOLDER)
-
-    @property
-    def files(self) -> list[str]:
-        """Names of the checkpoint's shards."""
-        return list(dict.fromkeys(info.file for info in self.source.tensors.values()))
 
     def shard(self, file: str, before: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The tensors of a shard with the trained values, on the CPU, in the checkpoint's dtypes.
@@ -197,19 +192,9 @@ class TrainedCopy:
             update={
                 "output": str(output),
                 "files": dict(files),
-                "layers": tuple(self._recounted(layer) for layer in self.record.layers),
+                "layers": tuple(with_zeros(layer, self.zeros) for layer in self.record.layers),
                 "kept_weights": KeptWeights.FINE_TUNED,
                 "rounding": None,
                 "fine_tuning": fine_tuning,
             }
         )
-
-    def _recounted(self, layer: LayerResult) -> LayerResult:
-        def recounted(linear: LinearResult) -> LinearResult:
-            return linear.model_copy(update={"zeros": self.zeros.get((layer.index, linear.name), linear.zeros)})
-
-        blocks = (
-            block.model_copy(update={"linears": tuple(recounted(linear) for linear in block.linears)})
-            for block in layer.blocks
-        )
-        return layer.model_copy(update={"blocks": tuple(blocks)})
