@@ -190,9 +190,10 @@ def test_a_file_system_without_locks_is_reported(tmp_path: Path, monkeypatch: py
 
 def test_the_lock_is_held_until_all_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A second interruption ends the waiting, and not the writing: no other run may write in the folder meanwhile."""
-    goes_on, sync = threading.Event(), writer_module.sync_file
+    began, goes_on, sync = threading.Event(), threading.Event(), writer_module.sync_file
 
     def slow(path: Path) -> str:
+        began.set()
         assert goes_on.wait(60)
         return sync(path)
 
@@ -204,6 +205,7 @@ def test_the_lock_is_held_until_all_is_written(tmp_path: Path, monkeypatch: pyte
         finish_layer(writer)
         monkeypatch.setattr(CheckpointWriter, "wait_for_shards", interrupted)
         raise KeyboardInterrupt
+    assert began.wait(60)  # the thread has the slow function
     monkeypatch.undo()
     with pytest.raises(OutputError, match="another run is writing"):
         write(tmp_path / "out")
